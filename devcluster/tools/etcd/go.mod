@@ -1,0 +1,3 @@
+module attune.dev/devcluster/tools/etcd
+
+go 1.26.0

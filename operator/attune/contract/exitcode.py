@@ -1,0 +1,44 @@
+"""Why a Job's container ended, and what Kubernetes is to do about it."""
+
+from enum import IntEnum, StrEnum
+
+
+class Disposition(StrEnum):
+    """What a podFailurePolicy does with an exit code."""
+
+    FAIL = "FailJob"
+    RETRY = "Count"
+    FREE = "Ignore"
+
+
+class ExitCode(IntEnum):
+    """The exit status of every recipe; the Job's podFailurePolicy is rendered from this enum.
+
+    Codes from 10 to 29 are findings about the input: trying again gives the same answer. Codes from 30 on are the
+    surroundings' fault and are tried again; 143 (ended by SIGTERM after a checkpoint) costs no retry.
+    """
+
+    OK = 0
+    INTERNAL_ERROR = 1
+    INVALID_INPUT = 10
+    ACCESS_DENIED = 11
+    NOT_FOUND = 12
+    OUT_OF_MEMORY = 13
+    UNSUPPORTED_MODEL = 14
+    DIVERGED = 15
+    STORE_UNAVAILABLE = 30
+    TERMINATED = 143
+
+    @property
+    def disposition(self) -> Disposition:
+        """What the Job controller does when a container ends with this code."""
+        if 10 <= self <= 29:
+            return Disposition.FAIL
+        if self is ExitCode.TERMINATED:
+            return Disposition.FREE
+        return Disposition.RETRY
+
+    @property
+    def reason(self) -> str:
+        """The CamelCase reason for conditions and Events, used where a Job left no better word."""
+        return "".join(word.capitalize() for word in self.name.split("_"))

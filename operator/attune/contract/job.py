@@ -1,0 +1,169 @@
+"""JobSpec: everything that a recipe is told, as one mounted job.json."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from attune.contract.base import ContractModel, DecimalString
+from attune.contract.measures import Gate, Metric
+from attune.contract.training import (
+    Checkpointing,
+    Distributed,
+    EarlyStopping,
+    Hyperparameters,
+    Lora,
+    Method,
+    Padding,
+)
+
+
+class SourceFormat(StrEnum):
+    """How utterances are listed in a source."""
+
+    MANIFEST = "Manifest"  # a JSONL file: {"audio": "a/1.wav", "text": "...", "speaker": "...", "group": "..."}
+    DIRECTORY = "Directory"  # audio files, each with a .txt of the same name beside it; its folder is the speaker
+
+
+class SplitBy(StrEnum):
+    """Which label never crosses from one split to another."""
+
+    SPEAKER = "Speaker"
+    GROUP = "Group"
+
+
+class Split(StrEnum):
+    """A part of a Dataset."""
+
+    TRAIN = "Train"
+    VALIDATION = "Validation"
+    HOLDOUT = "Holdout"
+
+
+class PrepareSource(ContractModel):
+    """A place with audio and transcripts."""
+
+    uri: str
+    format: SourceFormat
+    manifest: str | None = None  # relative to uri; Manifest only
+    # Where set, the source's own credentials are in ATTUNE_SOURCE_<index>_*; else the namespace's store's serve.
+    credentials_index: int | None = None
+
+
+class SplitRule(ContractModel):
+    """Shares of the splits, as fractions of the utterances; train gets the rest."""
+
+    by: SplitBy
+    validation: DecimalString
+    holdout: DecimalString
+    seed: int
+
+
+class PrepareRecipe(ContractModel):
+    """Sources -> normalised utterances in three splits, content-addressed."""
+
+    recipe: Literal["prepare"] = "prepare"
+    sources: list[PrepareSource]
+    language: str
+    sample_rate: int = 16000  # Hz
+    min_seconds: DecimalString = "0.1"
+    max_seconds: DecimalString = "30"
+    splits: SplitRule
+    max_rejected_share: DecimalString  # of the listed utterances; more fail the Job
+    output_prefix: str  # key prefix inside the store's bucket
+
+
+class DatasetInput(ContractModel):
+    """A prepared Dataset at one revision. uri is the revision's folder."""
+
+    name: str
+    revision: str
+    uri: str
+
+
+class ModelInput(ContractModel):
+    """A model: where its files are, and their digest where it is known (verified after download)."""
+
+    uri: str
+    digest: str | None = None
+    model_id: str | None = None
+
+
+class FinetuneRecipe(ContractModel):
+    """Base model + training splits -> adapter and merged model."""
+
+    recipe: Literal["finetune"] = "finetune"
+    base: ModelInput
+    datasets: list[DatasetInput]
+    method: Method = Method.LORA
+    lora: Lora = Field(default_factory=Lora)
+    hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
+    padding: Padding = Padding.BUCKETS
+    early_stopping: EarlyStopping | None = None
+    checkpoint: Checkpointing = Field(default_factory=Checkpointing)
+    distributed: Distributed = Field(default_factory=Distributed)
+    model_id: str  # ft:<base>:<six hexadecimal digits>
+    output_prefix: str  # key prefix; the model lands in <prefix>/<attempt uid>/{merged,adapter}
+    checkpoint_prefix: str  # key prefix; shared by all attempts of this run
+
+
+class EvaluateCandidate(ContractModel):
+    """A named model to be judged."""
+
+    name: str
+    model: ModelInput
+
+
+class EvaluateRecipe(ContractModel):
+    """Candidates x a split -> leaderboard, winner, verdict."""
+
+    recipe: Literal["evaluate"] = "evaluate"
+    dataset: DatasetInput
+    split: Split = Split.HOLDOUT
+    candidates: list[EvaluateCandidate]
+    baseline: str
+    metrics: list[Metric]
+    gates: list[Gate] = []
+    confidence: DecimalString = "0.95"
+    seed: int = 7
+    output_prefix: str  # key prefix of the report and the full results
+
+
+class ScoreRecipe(ContractModel):
+    """Replays labelled utterances once to both arms and exports the counters that judge a rollout."""
+
+    recipe: Literal["score"] = "score"
+    dataset: DatasetInput
+    split: Split = Split.HOLDOUT
+    stable_url: str  # http://host:port, of the arm's own Service
+    canary_url: str
+    requests_per_minute: int  # utterances a minute; each goes to both arms
+    canary: str  # values of the labels in contract.metrics
+    namespace: str
+    rollout: str
+    max_errors_per_utterance: int = 30  # a hallucination loop counts as this many word errors at most
+    seed: int = 7  # order of the replay
+
+
+Recipe = Annotated[
+    PrepareRecipe | FinetuneRecipe | EvaluateRecipe | ScoreRecipe,
+    Field(discriminator="recipe"),
+]
+
+
+class Owner(ContractModel):
+    """The custom resource that a Job works for."""
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+
+
+class JobSpec(ContractModel):
+    """What a Job is to do. result_key names the object (in the store's bucket) that holds the full Result."""
+
+    version: Literal["v1"] = "v1"
+    owner: Owner
+    result_key: str
+    recipe: Recipe

@@ -1,0 +1,182 @@
+"""Progress while a Job runs, and the Summary that it leaves behind as its termination message."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from attune.contract.base import ContractModel, DecimalString
+from attune.contract.environment import TERMINATION_MESSAGE_BYTES
+from attune.contract.measures import Decision
+from attune.contract.training import Padding
+
+
+class MetricValue(ContractModel):
+    """A named figure. Names are lower case: wer, loss, audioSecondsPerSecond."""
+
+    name: str = Field(max_length=63)
+    value: DecimalString
+
+
+class Progress(ContractModel):
+    """How far a Job is. GET /progress on PROGRESS_PORT answers this."""
+
+    stage: str = Field(max_length=63)  # CamelCase: Downloading, Training, Validating, Publishing, ...
+    percent: int = Field(ge=0, le=100)
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: DecimalString | None = None
+    estimated_remaining_seconds: int | None = None
+    metrics: list[MetricValue] = Field(default=[], max_length=16)
+
+
+class SplitStatistics(ContractModel):
+    """Size of one split."""
+
+    utterances: int
+    hours: DecimalString
+    speakers: int
+    words: int
+
+
+class DatasetStatistics(ContractModel):
+    """Size of a Dataset over all splits. oovRate: share of holdout words that the train split never has."""
+
+    hours: DecimalString
+    utterances: int
+    speakers: int
+    words: int
+    vocabulary: int
+    oov_rate: DecimalString
+
+
+class Splits(ContractModel):
+    """Size of each split."""
+
+    train: SplitStatistics
+    validation: SplitStatistics
+    holdout: SplitStatistics
+
+
+class Rejection(ContractModel):
+    """Why utterances were left out: how many, and the first few places (manifest line or file)."""
+
+    reason: str = Field(max_length=63)  # CamelCase
+    count: int
+    examples: list[Annotated[str, Field(max_length=128)]] = Field(default=[], max_length=3)
+
+
+class PrepareResult(ContractModel):
+    """What came out of prepare. revision is the digest of the content-addressed manifest."""
+
+    recipe: Literal["prepare"] = "prepare"
+    revision: str
+    uri: str
+    stats: DatasetStatistics
+    splits: Splits
+    rejected: int
+    rejections: list[Rejection] = Field(default=[], max_length=16)
+
+
+class FinetuneResult(ContractModel):
+    """What came out of finetune. WERs are of the validation split, in the serving configuration, as fractions."""
+
+    recipe: Literal["finetune"] = "finetune"
+    model_id: str
+    model_uri: str
+    model_digest: str
+    adapter_uri: str
+    adapter_digest: str
+    base_digest: str
+    padding: Padding
+    baseline_wer: DecimalString
+    wer: DecimalString
+    steps: int
+    epochs: DecimalString
+    training_seconds: int
+    gpu_seconds: int
+    audio_seconds_per_second: DecimalString
+    stopped_early: bool = False
+
+
+class LeaderboardRow(ContractModel):
+    """One candidate's figures with their intervals; rates are fractions."""
+
+    candidate: str
+    rank: int
+    model_digest: str
+    padding: Padding
+    utterances: int
+    words: int
+    hits: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    wer: DecimalString
+    wer_low: DecimalString
+    wer_high: DecimalString
+    cer: DecimalString | None = None
+    sentence_accuracy: DecimalString | None = None
+    real_time_factor: DecimalString | None = None
+    # Relative to the baseline's WER, with the paired interval; absent for the baseline itself.
+    change_from_baseline: DecimalString | None = None
+    change_low: DecimalString | None = None
+    change_high: DecimalString | None = None
+    failed_gates: list[str] = Field(default=[], max_length=16)
+
+
+class Verdict(ContractModel):
+    """What to do, and the figure that decided."""
+
+    decision: Decision
+    reason: str = Field(max_length=512)
+
+
+class EvaluateResult(ContractModel):
+    """What came out of evaluate."""
+
+    recipe: Literal["evaluate"] = "evaluate"
+    leaderboard: list[LeaderboardRow] = Field(max_length=8)
+    winner: str | None = None
+    verdict: Verdict
+    report_uri: str
+
+
+class ScoreResult(ContractModel):
+    """What came out of score; the counters in Prometheus are what counts."""
+
+    recipe: Literal["score"] = "score"
+    utterances: int
+
+
+Result = Annotated[
+    PrepareResult | FinetuneResult | EvaluateResult | ScoreResult,
+    Field(discriminator="recipe"),
+]
+
+
+class Failure(ContractModel):
+    """Why a recipe failed: reason for machines, message for the person who can mend it."""
+
+    reason: str = Field(pattern=r"^[A-Z][A-Za-z0-9]*$", max_length=63)
+    message: str = Field(max_length=1024)
+    rejections: list[Rejection] = Field(default=[], max_length=16)
+
+
+class Summary(ContractModel):
+    """The termination message: a result or a failure, at most TERMINATION_MESSAGE_BYTES as JSON."""
+
+    version: Literal["v1"] = "v1"
+    result: Result | None = None
+    failure: Failure | None = None
+
+    def to_message(self) -> str:
+        """Writes the JSON for the termination message.
+
+        Raises:
+            ValueError: when it is longer than Kubernetes keeps; a truncated message would be no JSON.
+        """
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        size = len(text.encode())
+        if size > TERMINATION_MESSAGE_BYTES:
+            raise ValueError(f"summary is {size} bytes long, {TERMINATION_MESSAGE_BYTES} are kept")
+        return text
