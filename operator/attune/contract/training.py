@@ -83,7 +83,9 @@ class Checkpointing(ContractModel):
 class DeepSpeed(ContractModel):
     """DeepSpeed's part of a run."""
 
-    zero_stage: int = Field(default=0, ge=0, le=2, description="ZeRO stage: 0 none, 1 optimiser state, 2 gradients too.")
+    zero_stage: int = Field(
+        default=0, ge=0, le=2, description="ZeRO stage: 0 none, 1 optimiser state, 2 gradients too."
+    )
 
 
 class Distributed(ContractModel):

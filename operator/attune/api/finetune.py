@@ -1,0 +1,158 @@
+"""FineTune: a training run of a base model on datasets."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from attune.api.meta import IMMUTABLE, LocalRef, PodResources, Resource, SpecModel, Status, StatusModel, cel
+from attune.contract.base import DecimalString, Uri
+from attune.contract.training import (
+    Checkpointing,
+    Distributed,
+    EarlyStopping,
+    Hyperparameters,
+    Lora,
+    Method,
+    Padding,
+)
+
+
+class BaseModelSource(SpecModel):
+    """The model to start from."""
+
+    uri: Uri = Field(description="Files of a model: s3://bucket/prefix or hf://organisation/name.")
+
+
+class FineTuneSpec(SpecModel):
+    """What is wanted."""
+
+    base_model: BaseModelSource = Field(description="The model to start from.", json_schema_extra=cel(IMMUTABLE))
+    datasets: Annotated[list[LocalRef], Field(min_length=1, max_length=8)] = Field(
+        description="Datasets whose train splits are trained on.",
+        json_schema_extra={
+            **cel(IMMUTABLE),
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["name"],
+        },
+    )
+    method: Method = Field(
+        default=Method.LORA, description="How weights are adapted: Lora.", json_schema_extra=cel(IMMUTABLE)
+    )
+    lora: Lora = Field(default_factory=Lora, description="Adapters' shape.", json_schema_extra=cel(IMMUTABLE))
+    hyperparameters: Hyperparameters = Field(
+        default_factory=Hyperparameters, description="The optimiser's run.", json_schema_extra=cel(IMMUTABLE)
+    )
+    padding: Padding = Field(
+        default=Padding.BUCKETS,
+        description="How audio is padded in training and, later, in serving: Buckets (fast) or Window.",
+        json_schema_extra=cel(IMMUTABLE),
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None,
+        description="Ends the run when validation WER no longer falls.",
+    )
+    distributed: Distributed = Field(default_factory=Distributed, description="Processes that train together.")
+    checkpoint: Checkpointing = Field(default_factory=Checkpointing, description="When state is saved.")
+    resources: PodResources | None = Field(default=None, description="Resources of the training pod.")
+    suspend: bool = Field(
+        default=False, description="Stops the run at a checkpoint until it is false again, then goes on from there."
+    )
+
+
+class ProgressMetric(StatusModel):
+    """A figure of the run."""
+
+    name: str = Field(max_length=63, description="Name, such as wer or loss.")
+    value: DecimalString = Field(description="Value.")
+
+
+class ProgressStatus(StatusModel):
+    """How far the run is."""
+
+    stage: str = Field(max_length=63, description="What it is doing: Downloading, Training, Validating, ...")
+    percent: int = Field(ge=0, le=100, description="Percent of the whole.")
+    step: int | None = Field(default=None, ge=0, description="Optimiser steps done.")
+    total_steps: int | None = Field(default=None, ge=0, description="Optimiser steps in all.")
+    epoch: DecimalString | None = Field(default=None, description="Passes over the data done.")
+    estimated_remaining_seconds: int | None = Field(default=None, ge=0, description="Seconds to the end, estimated.")
+    metrics: list[ProgressMetric] = Field(default=[], max_length=16, description="Latest figures.")
+    last_updated_time: str | None = Field(
+        default=None, max_length=32, description="When this was read.", json_schema_extra={"format": "date-time"}
+    )
+
+
+class ModelStatus(StatusModel):
+    """What the run made."""
+
+    uri: str = Field(max_length=1024, description="Folder of the merged model.")
+    digest: str = Field(max_length=71, description="Digest of the merged model's files.")
+    adapter_uri: str = Field(max_length=1024, description="Folder of the adapter.")
+    adapter_digest: str = Field(max_length=71, description="Digest of the adapter's files.")
+    padding: Padding = Field(description="How the model wants its audio padded.")
+
+
+class LineageDataset(StatusModel):
+    """A Dataset that went into the run."""
+
+    name: str = Field(max_length=63, description="Name of the Dataset.")
+    revision: str = Field(max_length=71, description="Its revision when the run began.")
+
+
+class Lineage(StatusModel):
+    """Where the model comes from."""
+
+    base_uri: str = Field(max_length=1024, description="The base model.")
+    base_digest: str | None = Field(default=None, max_length=71, description="Digest of the base model's files.")
+    datasets: list[LineageDataset] = Field(default=[], max_length=8, description="What it was trained on.")
+
+
+class FineTuneMetrics(StatusModel):
+    """Validation figures, in the configuration in which each model is served."""
+
+    baseline_wer: DecimalString = Field(description="Word error rate of the base model, as a fraction.")
+    wer: DecimalString = Field(description="Word error rate of the tuned model, as a fraction.")
+
+
+class Usage(StatusModel):
+    """What the run took."""
+
+    training_seconds: int = Field(ge=0, description="Wall-clock seconds of training.")
+    gpu_seconds: int = Field(ge=0, description="GPU seconds; 0 on a CPU.")
+    audio_seconds_per_second: DecimalString = Field(description="Seconds of audio trained on in a second.")
+
+
+class FineTuneStatus(Status):
+    """What came out."""
+
+    model_id: str | None = Field(default=None, max_length=128, description="ft:<base>:<id>.")
+    progress: ProgressStatus | None = Field(default=None, description="How far the run is.")
+    model: ModelStatus | None = Field(default=None, description="What the run made.")
+    lineage: Lineage | None = Field(default=None, description="Where the model comes from.")
+    metrics: FineTuneMetrics | None = Field(default=None, description="Validation figures.")
+    usage: Usage | None = Field(default=None, description="What the run took.")
+    job_name: str | None = Field(default=None, max_length=63, description="The run's Job.")
+
+
+class FineTune(Resource):
+    """A training run of a base model on datasets, inside the cluster."""
+
+    KIND: ClassVar[str] = "FineTune"
+    PLURAL: ClassVar[str] = "finetunes"
+    SHORT_NAME: ClassVar[str] = "aft"
+    TERMINAL_CONDITION: ClassVar[str] = "Succeeded"
+    COLUMNS: ClassVar[tuple[tuple[str, str, str, int], ...]] = (
+        ("Phase", "string", ".status.phase", 0),
+        ("Progress", "integer", ".status.progress.percent", 0),
+        ("ETA", "integer", ".status.progress.estimatedRemainingSeconds", 0),
+        ("Base-WER", "string", ".status.metrics.baselineWer", 0),
+        ("WER", "string", ".status.metrics.wer", 0),
+        ("Model", "string", ".status.modelId", 0),
+        ("Reason", "string", ".status.conditions[?(@.type=='Succeeded')].reason", 0),
+        ("Age", "date", ".metadata.creationTimestamp", 0),
+    )
+    RULES: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
+    )
+
+    spec: FineTuneSpec
+    status: FineTuneStatus = FineTuneStatus()
