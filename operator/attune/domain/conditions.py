@@ -1,0 +1,55 @@
+"""Conditions after kstatus: one terminal condition, plus Reconciling and Stalled, all set on the first visit."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from attune.api.meta import Condition
+
+RECONCILING = "Reconciling"
+STALLED = "Stalled"
+
+State = Literal["True", "False", "Unknown"]
+
+
+def decide_conditions(
+    previous: Iterable[Condition],
+    *,
+    terminal: str,
+    state: State,
+    reason: str,
+    message: str,
+    working: bool,
+    stalled: bool,
+    generation: int,
+    now: str,
+) -> list[Condition]:
+    """Decides all three conditions at once; a transition time changes only where the status of a condition does.
+
+    terminal is Ready or Succeeded. working: the operator is on its way and needs nobody. stalled: only a person can
+    help. now is RFC 3339 in UTC.
+    """
+    if working and stalled:
+        raise ValueError("working and stalled exclude each other")
+    before = {condition.type: condition for condition in previous}
+
+    def condition(kind: str, value: State, because: str, text: str) -> Condition:
+        old = before.get(kind)
+        since = old.last_transition_time if old is not None and old.status == value else now
+        return Condition(
+            type=kind,
+            status=value,
+            reason=because,
+            message=text,
+            last_transition_time=since,
+            observed_generation=generation,
+        )
+
+    return [
+        condition(terminal, state, reason, message),
+        condition(
+            RECONCILING, "True" if working else "False", reason if working else "Settled", message if working else ""
+        ),
+        condition(
+            STALLED, "True" if stalled else "False", reason if stalled else "NotStalled", message if stalled else ""
+        ),
+    ]
