@@ -1,0 +1,214 @@
+"""Runs the recipe that a JobSpec asks for, and says what came of it."""
+
+import importlib
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attune.contract.environment import (
+    ATTEMPT_UID,
+    TERMINATION_MESSAGE_BYTES,
+    TERMINATION_MESSAGE_FILE,
+    TERMINATION_MESSAGE_VARIABLE,
+    WORK_DIRECTORY_VARIABLE,
+)
+from attune.contract.job import JobSpec
+from attune.contract.result import Failure, Result, Summary
+from pydantic import TypeAdapter, ValidationError
+
+from attune_trainer.failures import InvalidInput, NotFound, Terminated
+from attune_trainer.progress import ProgressReporter
+from attune_trainer.recipes import RECIPES
+from attune_trainer.store import Store
+
+_log = logging.getLogger(__name__)
+_RESULT: TypeAdapter[Any] = TypeAdapter(Result)
+
+
+@dataclass(frozen=True)
+class RecipeContext:
+    """What a recipe works with besides its own parameters.
+
+    Attributes:
+        spec: the whole JobSpec.
+        store: the namespace's store.
+        reporter: takes progress; answered over HTTP while the recipe runs.
+        work_directory: scratch space on disk; contents of an earlier attempt in the same pod may be there.
+        attempt_uid: the pod's uid; part of every key that an attempt writes before its result is published.
+        stop: set on SIGTERM. A recipe polls it, saves what it needs, and calls raise_if_stopped.
+    """
+
+    spec: JobSpec
+    store: Store
+    reporter: ProgressReporter
+    work_directory: Path
+    attempt_uid: str
+    stop: threading.Event
+
+    def raise_if_stopped(self) -> None:
+        """Ends the recipe with exit code 143 when the pod has been asked to end.
+
+        Raises:
+            Terminated: when stop is set.
+        """
+        if self.stop.is_set():
+            raise Terminated
+
+    def directory(self, name: str) -> Path:
+        """Gives a directory of this name below the work directory, created where it is not there."""
+        path = self.work_directory / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish(self, key: str, content: bytes | str | dict[str, Any], content_type: str | None = None) -> str:
+        """Writes a small object (text, or JSON from a dict) to the store; gives its URI."""
+        if isinstance(content, dict):
+            text = json.dumps(content, ensure_ascii=False, sort_keys=True, indent=1)
+            return self.store.write_bytes(key, text.encode(), content_type or "application/json")
+        if isinstance(content, str):
+            return self.store.write_bytes(key, content.encode(), content_type or "text/plain; charset=utf-8")
+        return self.store.write_bytes(key, content, content_type or "application/octet-stream")
+
+
+def load_recipe(name: str) -> Callable[[Any, RecipeContext], Any]:
+    """Imports the module of a recipe and gives its `run`; what other recipes need stays unimported."""
+    run: Callable[[Any, RecipeContext], Any] = importlib.import_module(RECIPES[name]).run
+    return run
+
+
+def read_published(spec: JobSpec, store: Store) -> Any | None:
+    """Gives the Result that an earlier attempt published, or None.
+
+    A Result in another shape than this image writes counts as none: the recipe runs again and overwrites it.
+    """
+    try:
+        raw = store.read_bytes(spec.result_key)
+    except NotFound as error:
+        if error.reason != "ObjectNotFound":
+            raise
+        return None
+    try:
+        result = _RESULT.validate_json(raw)
+    except ValidationError:
+        _log.warning("published result is not readable; running again", extra={"key": spec.result_key})
+        return None
+    return result if result.recipe == spec.recipe.recipe else None
+
+
+def run(
+    spec: JobSpec,
+    store: Store,
+    reporter: ProgressReporter,
+    *,
+    work_directory: Path | None = None,
+    attempt_uid: str | None = None,
+    stop: threading.Event | None = None,
+) -> Any:
+    """Runs the spec's recipe and publishes its Result, last; a Result already published is given again at once.
+
+    Args:
+        spec: what to do.
+        store: the namespace's store.
+        reporter: takes progress.
+        work_directory: scratch space; ATTUNE_WORK_DIRECTORY, or a new temporary one, by default.
+        attempt_uid: ATTUNE_ATTEMPT_UID by default.
+        stop: set by whoever wants the recipe to end early.
+
+    Raises:
+        RecipeFailure: with an exit code, a reason and a message.
+    """
+    published = read_published(spec, store)
+    if published is not None:
+        _log.info("result is already published", extra={"key": spec.result_key})
+        reporter.update(stage="Finished", percent=100)
+        return published
+    context = RecipeContext(
+        spec=spec,
+        store=store,
+        reporter=reporter,
+        work_directory=work_directory or _work_directory(),
+        attempt_uid=attempt_uid or os.environ.get(ATTEMPT_UID) or "local",
+        stop=stop or threading.Event(),
+    )
+    context.work_directory.mkdir(parents=True, exist_ok=True)
+    result = load_recipe(spec.recipe.recipe)(spec.recipe, context)
+    reporter.update(stage="Publishing")
+    store.write_bytes(
+        spec.result_key,
+        _RESULT.dump_json(result, by_alias=True, exclude_none=True, indent=1),
+        content_type="application/json",
+    )
+    reporter.update(stage="Finished", percent=100)
+    return result
+
+
+def _work_directory() -> Path:
+    configured = os.environ.get(WORK_DIRECTORY_VARIABLE)
+    return Path(configured) if configured else Path(tempfile.mkdtemp(prefix="attune-"))
+
+
+def read_spec(path: Path) -> JobSpec:
+    """Reads a job.json.
+
+    Raises:
+        RecipeFailure: InvalidJob, when it is missing or does not fit this image's contract.
+    """
+    try:
+        return JobSpec.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidInput("InvalidJob", f"{path} cannot be read ({type(error).__name__})") from error
+    except ValidationError as error:
+        places = ", ".join(sorted({".".join(map(str, one["loc"])) or "the whole" for one in error.errors()})[:5])
+        raise InvalidInput(
+            "InvalidJob", f"job.json does not fit this image's contract at {places}; use images of one release"
+        ) from error
+
+
+def summarise(result: Any | None = None, failure: Failure | None = None) -> Summary:
+    """Builds the Summary that fits in a termination message, leaving out examples first.
+
+    Raises:
+        ValueError: when a result is too long even without examples.
+    """
+    summary = Summary(result=result, failure=failure)
+    for examples, characters, listed in ((3, 128, 16), (3, 48, 16), (1, 48, 16), (0, 0, 16), (0, 0, 4), (0, 0, 0)):
+        if _fits(summary):
+            return summary
+        summary = _shorten(summary, examples, characters, listed)
+    while failure is not None and not _fits(summary) and summary.failure is not None:
+        shorter = summary.failure.message[: len(summary.failure.message) * 3 // 4]
+        summary = Summary(failure=Failure(reason=failure.reason, message=shorter))
+    summary.to_message()
+    return summary
+
+
+def _fits(summary: Summary) -> bool:
+    return len(summary.model_dump_json(by_alias=True, exclude_none=True).encode()) <= TERMINATION_MESSAGE_BYTES
+
+
+def _shorten(summary: Summary, examples: int, characters: int, listed: int) -> Summary:
+    part = summary.failure if summary.failure is not None else summary.result
+    rejections = getattr(part, "rejections", None)
+    if part is None or rejections is None:
+        return summary
+    fewer = [
+        one.model_copy(update={"examples": [text[:characters] for text in one.examples[:examples]]})
+        for one in rejections[:listed]
+    ]
+    shortened = part.model_copy(update={"rejections": fewer})
+    return summary.model_copy(update={"failure" if summary.failure is not None else "result": shortened})
+
+
+def write_termination_message(summary: Summary) -> None:
+    """Leaves the Summary where the kubelet reads it; outside a pod, where there is no such file, it is skipped."""
+    path = Path(os.environ.get(TERMINATION_MESSAGE_VARIABLE) or TERMINATION_MESSAGE_FILE)
+    try:
+        path.write_text(summary.to_message(), encoding="utf-8")
+    except OSError as error:
+        _log.warning("no termination message written", extra={"path": str(path), "error": type(error).__name__})
