@@ -1,0 +1,148 @@
+"""Talks to the cluster as a person would: with kubectl and helm, read as JSON. What the demo's stages share."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAMESPACE = "speech"
+
+Resource = dict[str, Any]
+
+
+class DemoError(Exception):
+    """A stage did not end as it should; the message says how it ended."""
+
+
+def say(text: str) -> None:
+    """Prints a line at once, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def load_cluster_environment() -> None:
+    """Takes over KUBECONFIG and PATH from the development cluster, so that kubectl and helm are found."""
+    output = subprocess.run(
+        [sys.executable, "-m", "devcluster", "env"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
+    for name, value in re.findall(r'^export (\w+)="?([^"\n]*)"?$', output, flags=re.MULTILINE):
+        os.environ[name] = os.path.expandvars(value)
+
+
+def run(*command: str, text: str | None = None) -> str:
+    """Runs a command and returns what it printed.
+
+    Raises:
+        DemoError: when it fails, with what it said.
+    """
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    if done.returncode != 0:
+        raise DemoError(f"{' '.join(command[:4])} ... failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+    return done.stdout
+
+
+def kubectl(*arguments: str, text: str | None = None) -> str:
+    """Runs kubectl."""
+    return run("kubectl", *arguments, text=text)
+
+
+def apply(manifest: Path) -> None:
+    """Applies a manifest, as the README tells a person to."""
+    for line in kubectl("apply", "-f", str(manifest)).splitlines():
+        say(f"kubectl apply: {line}")
+
+
+def get(kind: str, name: str, namespace: str = NAMESPACE) -> Resource:
+    """Reads one object."""
+    found: Resource = json.loads(kubectl("get", kind, name, "-n", namespace, "-o", "json"))
+    return found
+
+
+def condition(resource: Resource, kind: str) -> Resource:
+    """Picks a condition; an empty one where it is not set."""
+    for each in resource.get("status", {}).get("conditions", []):
+        if each["type"] == kind:
+            found: Resource = each
+            return found
+    return {}
+
+
+def is_current(resource: Resource) -> bool:
+    """Tells whether the status speaks of the spec as it is now."""
+    return bool(resource.get("status", {}).get("observedGeneration") == resource["metadata"]["generation"])
+
+
+def wait(
+    kind: str,
+    name: str,
+    *,
+    until: Callable[[Resource], bool],
+    describe: Callable[[Resource], str],
+    seconds: int,
+    fails: Callable[[Resource], bool] | None = None,
+    each: Callable[[Resource], None] | None = None,
+) -> Resource:
+    """Waits until a resource is as wanted, and says whatever changes meanwhile.
+
+    Raises:
+        DemoError: when ``fails`` becomes true, or the time is up; with the resource's conditions.
+    """
+    deadline = time.monotonic() + seconds
+    last = ""
+    while True:
+        resource = get(kind, name)
+        now = describe(resource)
+        if now != last:
+            say(f"{kind}/{name}: {now}")
+            last = now
+        if each is not None:
+            each(resource)
+        if is_current(resource):
+            if until(resource):
+                return resource
+            if fails is not None and fails(resource):
+                raise DemoError(f"{kind}/{name} failed: {explain(resource)}")
+        if time.monotonic() > deadline:
+            raise DemoError(f"{kind}/{name} was not done after {seconds} s: {explain(resource)}")
+        time.sleep(1)
+
+
+def explain(resource: Resource) -> str:
+    """Puts the conditions into a line."""
+    found = resource.get("status", {}).get("conditions", [])
+    return "; ".join(f"{c['type']}={c['status']} {c['reason']}: {c['message']}" for c in found) or "no conditions"
+
+
+@contextmanager
+def forwarded(target: str, namespace: str, port: int) -> Iterator[int]:
+    """Makes a port of the cluster answer on a loopback port, and gives that port."""
+    process = subprocess.Popen(
+        ["kubectl", "port-forward", "--address", "127.0.0.1", "-n", namespace, target, f":{port}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        found = re.search(r"127\.0\.0\.1:(\d+)", line)
+        if found is None:
+            raise DemoError(f"kubectl port-forward to {target} in {namespace} did not start")
+        yield int(found.group(1))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def read_store_secret() -> dict[str, str]:
+    """Reads the example's own store Secret, to put the example's files into the bucket."""
+    data = get("secret", "attune-store")["data"]
+    return {key: base64.b64decode(value).decode() for key, value in data.items()}
