@@ -14,12 +14,11 @@ from attune.api.meta import (
     Status,
     StatusModel,
     cel,
-    decimal_bounds,
 )
 from attune.contract.base import DecimalString, DnsLabel, between
 
 LabelKey = Annotated[str, Field(min_length=1, max_length=253)]
-LabelValue = Annotated[str, Field(max_length=63)]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
 Seconds = Annotated[int, Field(ge=1, le=604800)]
 
 
@@ -60,6 +59,19 @@ class ServerContainer(SpecModel):
 
 class Toleration(SpecModel):
     """A toleration (core/v1)."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "!has(self.operator) || self.operator != 'Exists' || !has(self.value)",
+                "operator Exists goes without a value",
+            ),
+            (
+                "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+                "without a key, operator must be Exists",
+            ),
+        )
+    )
 
     key: Annotated[str, Field(max_length=253)] | None = Field(default=None, description="Taint key.")
     operator: Literal["Exists", "Equal"] | None = Field(default=None, description="Exists or Equal.")
@@ -170,12 +182,10 @@ class WerTest(SpecModel):
     max_increase: Annotated[DecimalString, between("0", "10")] = Field(
         default="0.05",
         description="Tolerated relative increase over stable: 0.05 is 5 %.",
-        json_schema_extra=decimal_bounds("0", "10"),
     )
     confidence: Annotated[DecimalString, between("0.8", "0.999")] = Field(
         default="0.95",
         description="Confidence of the sequence, valid however often it is looked at.",
-        json_schema_extra=decimal_bounds("0.8", "0.999"),
     )
     min_words: int = Field(
         default=2000, ge=1, le=100000000, description="Reference words that must have been scored before Pass."
@@ -218,8 +228,10 @@ class CanarySpec(SpecModel):
         json_schema_extra=cel(
             ("self.exists(s, has(s.weight))", "at least one step must have a weight"),
             (
-                "self.filter(s, has(s.weight)).all(a, self.filter(s, has(s.weight)).exists_one(b, b.weight == a.weight))"
-                " && self.map(s, has(s.weight) ? s.weight : -1).filter(w, w >= 0).isSorted()",
+                (
+                    "self.filter(s, has(s.weight)).map(s, s.weight).isSorted() && self.all(a, !has(a.weight)"
+                    " || self.exists_one(b, has(b.weight) && b.weight == a.weight))"
+                ),
                 "weights must rise from step to step",
             ),
         ),

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from attune.api.meta import PodResources, Resource, SecretRef, SpecModel, Status, StatusModel, cel, decimal_bounds
+from attune.api.meta import PodResources, Resource, SecretRef, SpecModel, Status, StatusModel, cel
 from attune.contract.base import DecimalString, Uri, between
 from attune.contract.job import SourceFormat, SplitBy
 
@@ -56,6 +56,10 @@ class PipelineStep(SpecModel):
                 "self.step == 'Filter' || (!has(self.minSeconds) && !has(self.maxSeconds))",
                 "minSeconds and maxSeconds belong to step Filter",
             ),
+            (
+                ("!has(self.minSeconds) || !has(self.maxSeconds) || double(self.minSeconds) < double(self.maxSeconds)"),
+                "minSeconds must be less than maxSeconds",
+            ),
         )
     )
 
@@ -66,28 +70,33 @@ class PipelineStep(SpecModel):
     min_seconds: Annotated[DecimalString, between("0", "30")] | None = Field(
         default=None,
         description="Filter: shortest utterance that is kept, in seconds.",
-        json_schema_extra=decimal_bounds("0", "30"),
     )
     max_seconds: Annotated[DecimalString, between("0", "30")] | None = Field(
         default=None,
         description="Filter: longest utterance that is kept, in seconds.",
-        json_schema_extra=decimal_bounds("0", "30"),
     )
 
 
 class SplitsSpec(SpecModel):
     """How utterances are divided. No speaker (or group) and no repeated sentence is in two splits."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "double(self.validation) + double(self.holdout) < 1.0",
+                "validation and holdout must leave a share to train on: together less than 1",
+            )
+        )
+    )
+
     by: SplitBy = Field(default=SplitBy.SPEAKER, description="The label that never crosses: Speaker or Group.")
     validation: Annotated[DecimalString, between("0.01", "0.5")] = Field(
         default="0.1",
         description="Share of utterances for validation.",
-        json_schema_extra=decimal_bounds("0.01", "0.5"),
     )
     holdout: Annotated[DecimalString, between("0.01", "0.5")] = Field(
         default="0.1",
         description="Share of utterances kept for evaluation.",
-        json_schema_extra=decimal_bounds("0.01", "0.5"),
     )
     seed: int = Field(default=7, ge=0, le=2147483647, description="Seed of the division.")
 
@@ -110,7 +119,6 @@ class DatasetSpec(SpecModel):
     max_rejected_share: Annotated[DecimalString, between("0", "1")] = Field(
         default="0.05",
         description="Share of bad manifest lines or files above which the Dataset fails.",
-        json_schema_extra=decimal_bounds("0", "1"),
     )
     resources: PodResources | None = Field(default=None, description="Resources of the preparation's pod.")
     suspend: bool = Field(default=False, description="Stops the work until it is false again.")

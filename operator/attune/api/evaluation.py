@@ -13,7 +13,6 @@ from attune.api.meta import (
     Status,
     StatusModel,
     cel,
-    decimal_bounds,
 )
 from attune.contract.base import DecimalString, DnsLabel, Uri, between
 from attune.contract.measures import Decision, Metric
@@ -62,12 +61,10 @@ class GateSpec(SpecModel):
     max: Annotated[DecimalString, between("0", "1000")] | None = Field(
         default=None,
         description="Largest allowed value, as a fraction: 0.10 is 10 %.",
-        json_schema_extra=decimal_bounds("0", "1000"),
     )
     max_change_from_baseline: Annotated[DecimalString, between("-1", "1000")] | None = Field(
         default=None,
         description="Largest allowed relative change from the baseline; -0.05 demands at least 5 % better.",
-        json_schema_extra=decimal_bounds("-1", "1000"),
     )
 
 
@@ -96,7 +93,7 @@ class EvaluationSpec(SpecModel):
         default=[], description="Bounds that the winner must keep."
     )
     confidence: Annotated[DecimalString, between("0.5", "0.999")] = Field(
-        default="0.95", description="Confidence of the intervals.", json_schema_extra=decimal_bounds("0.5", "0.999")
+        default="0.95", description="Confidence of the intervals."
     )
     resources: PodResources | None = Field(default=None, description="Resources of the evaluation's pod.")
     suspend: bool = Field(default=False, description="Stops the work until it is false again.")

@@ -9,6 +9,8 @@ from attune.contract.base import ContractModel, DnsLabel, Uri
 
 GROUP = "attune.dev"
 VERSION = "v1alpha1"
+# kubectl get attune lists all four kinds.
+CATEGORY = "attune"
 
 # Keys that pydantic passes on to the JSON schema, from where the CRD generator takes them.
 CEL = "x-kubernetes-validations"
@@ -17,11 +19,6 @@ CEL = "x-kubernetes-validations"
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
     """Attaches CEL rules, each (expression, message), to a model or a field."""
     return {CEL: [{"rule": rule, "message": message} for rule, message in rules]}
-
-
-def decimal_bounds(low: str, high: str) -> dict[str, Any]:
-    """States the bounds of a decimal string for the API server."""
-    return cel((f"double(self) >= {float(low)} && double(self) <= {float(high)}", f"must be between {low} and {high}"))
 
 
 IMMUTABLE = ("self == oldSelf", "is immutable: create a new resource instead")
@@ -108,7 +105,7 @@ Quantity = Annotated[
         description="A Kubernetes quantity: 500m, 4, 16Gi.",
     ),
 ]
-ResourceName = Annotated[str, Field(max_length=63)]
+ResourceName = Annotated[str, Field(min_length=1, max_length=63)]
 
 
 class PodResources(SpecModel):

@@ -1,10 +1,12 @@
 """The base of every model that crosses a process boundary, and the scalar types that they share."""
 
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
+from pydantic_core import core_schema
 
 
 class ContractModel(BaseModel):
@@ -13,18 +15,36 @@ class ContractModel(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
 
 
-def _within(low: str, high: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not Decimal(low) <= Decimal(value) <= Decimal(high):
-            raise ValueError(f"must be between {low} and {high}, is {value}")
+# JSON schema keyword for the bounds of a decimal string, [low, high]; the CRD generator turns it into a CEL rule.
+DECIMAL_BOUNDS = "x-decimal-bounds"
+
+
+@dataclass(frozen=True)
+class DecimalBounds:
+    """Restricts a decimal string to [low, high], and says so in the JSON schema."""
+
+    low: str
+    high: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Adds the check to the string's own."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Adds DECIMAL_BOUNDS to the string's schema."""
+        return {**handler(schema), DECIMAL_BOUNDS: [self.low, self.high]}
+
+    def _check(self, value: str) -> str:
+        if not Decimal(self.low) <= Decimal(value) <= Decimal(self.high):
+            raise ValueError(f"must be between {self.low} and {self.high}, is {value}")
         return value
 
-    return AfterValidator(check)
 
-
-def between(low: str, high: str) -> AfterValidator:
+def between(low: str, high: str) -> DecimalBounds:
     """Restricts a decimal string to [low, high]; the CRD states the same bound as a CEL rule."""
-    return _within(low, high)
+    return DecimalBounds(low, high)
 
 
 # Decimals travel as strings: a float changes its digits on the way through JSON, etcd and a diff tool.

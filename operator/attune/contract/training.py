@@ -47,7 +47,9 @@ class Lora(ContractModel):
 class Hyperparameters(ContractModel):
     """What an optimiser run is made of. Defaults suit LoRA on a Whisper with minutes to hours of audio."""
 
-    learning_rate: ScientificString = Field(default="1e-3", description="Peak learning rate of AdamW.")
+    learning_rate: Annotated[ScientificString, between("1e-9", "1")] = Field(
+        default="1e-3", description="Peak learning rate of AdamW."
+    )
     epochs: int = Field(default=3, ge=1, le=1000, description="Passes over the training split.")
     batch_size: int = Field(default=16, ge=1, le=1024, description="Utterances in a batch, at most, per process.")
     max_batch_seconds: int = Field(

@@ -1,0 +1,1 @@
+"""Generates the CRDs, the chart's copy of them and the API reference from the models in attune.api."""
