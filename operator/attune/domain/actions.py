@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from attune.api.canary import ArmModel
+from attune.api.canary import ArmModel, PodTemplate
 from attune.api.meta import PodResources, Status
 from attune.contract.job import JobSpec, ScoreRecipe
 from attune.contract.metrics import Track
@@ -34,10 +34,15 @@ class DeleteJob:
 
 @dataclass(frozen=True)
 class EnsureArm:
-    """The Deployment and the Service of an arm must serve this model with so many pods."""
+    """The Deployment of an arm must serve this model with so many pods.
+
+    template is the one that the arm was rolled out with, its image filled in: while the spec already asks for
+    another, stable must go on as it is.
+    """
 
     track: Track
     model: ArmModel
+    template: PodTemplate
     replicas: int
 
 
@@ -49,17 +54,28 @@ class DeleteArm:
 
 
 @dataclass(frozen=True)
-class EnsureRoute:
-    """The HTTPRoute must carry these weights; they sum to 100.
+class RolloutRecord:
+    """What is known of a rollout, kept on the route beside the weights, so that both change in one request.
 
-    failed_rollout is written into the route in the same request as the weights: once it says that a rollout has
-    failed, no later pass can raise that rollout's weight, whatever else was lost.
+    step is None until the first step began. A rollout with a failed_reason has failed: no later pass can raise its
+    weight, whatever else was lost. Times are RFC 3339 in UTC.
     """
+
+    id: str
+    step: int | None
+    started: str
+    step_started: str
+    failed_reason: str | None = None
+    failed_message: str | None = None
+
+
+@dataclass(frozen=True)
+class EnsureRoute:
+    """The HTTPRoute (and the Services that it names) must carry these weights, which sum to 100, and this record."""
 
     stable_weight: int
     canary_weight: int
-    rollout: str | None
-    failed_rollout: str | None
+    rollout: RolloutRecord | None
     reason: str
 
 
