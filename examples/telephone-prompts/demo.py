@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,26 +20,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import (
-    NAMESPACE,
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from devcluster.client import (  # noqa: E402 (the repository must be on the path first)
     REPOSITORY,
-    DemoError,
+    ClusterError,
     Resource,
     apply,
     condition,
     forwarded,
     get,
+    install_operator,
     kubectl,
     load_cluster_environment,
-    read_store_secret,
-    run,
     say,
+    store_on_loopback,
     wait,
 )
-from rich.console import Console
-from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
+NAMESPACE = "speech"
 MANIFESTS = HERE / "manifests"
 HOSTNAME = "asr.example.com"
 DATA_PREFIX = "sources/telephone-prompts"
@@ -94,7 +96,7 @@ def with_interval(row: Resource) -> str:
 def describe_phase(resource: Resource) -> str:
     """Says how far a resource is."""
     status = resource.get("status", {})
-    text = status.get("phase", "not seen yet")
+    text = str(status.get("phase", "not seen yet"))
     progress = status.get("progress")
     if progress and text != "Succeeded":
         text += f", {progress['stage']} {progress['percent']} %"
@@ -124,24 +126,14 @@ def start_assets() -> tuple[threading.Thread, dict[str, Any]]:
                     [sys.executable, str(HERE / script)], capture_output=True, text=True, check=False, cwd=REPOSITORY
                 )
                 if done.returncode != 0:
-                    raise DemoError(f"{script} failed: {done.stderr.strip()[-2000:]}")  # noqa: TRY301
+                    raise ClusterError(f"{script} failed: {done.stderr.strip()[-2000:]}")  # noqa: TRY301
                 made[script] = Path(done.stdout.strip().splitlines()[-1])
-        except (DemoError, OSError, IndexError) as error:
+        except (ClusterError, OSError, IndexError) as error:
             made["error"] = error
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread, made
-
-
-def install_operator() -> None:
-    """Installs the chart with the images that were just built."""
-    run(
-        "helm", "upgrade", "--install", "attune", str(REPOSITORY / "helm" / "attune"),
-        "--namespace", "attune-system", "--create-namespace",
-        "--values", str(HERE / "operator-values.yaml"), "--wait", "--timeout", "3m",
-    )  # fmt: skip
-    say("helm: operator installed")
 
 
 def upload(script: str, prefix: str, *arguments: str) -> None:
@@ -150,22 +142,7 @@ def upload(script: str, prefix: str, *arguments: str) -> None:
         [sys.executable, str(HERE / script), *arguments, "--upload", prefix], check=False, cwd=REPOSITORY
     )
     if done.returncode != 0:
-        raise DemoError(f"{script} failed with exit status {done.returncode}")
-
-
-@contextmanager
-def store_on_loopback() -> Iterator[None]:
-    """Puts the store's address (as a loopback port) and keys into this process's environment."""
-    secret = read_store_secret()
-    with forwarded("service/s3", "storage", 9000) as port:
-        os.environ.update(
-            ATTUNE_STORE_ENDPOINT=f"http://127.0.0.1:{port}",
-            ATTUNE_STORE_BUCKET=secret["bucket"],
-            ATTUNE_STORE_REGION=secret["region"],
-            ATTUNE_STORE_ACCESS_KEY=secret["accessKey"],
-            ATTUNE_STORE_SECRET_KEY=secret["secretKey"],
-        )
-        yield
+        raise ClusterError(f"{script} failed with exit status {done.returncode}")
 
 
 def evaluate(record: Record, name: str, title: str, manifest: str, expected: str) -> None:
@@ -173,14 +150,20 @@ def evaluate(record: Record, name: str, title: str, manifest: str, expected: str
     with record.stage(title) as row:
         apply(MANIFESTS / manifest)
         done = wait(
-            "evaluation", name, until=is_true("Succeeded"), fails=is_stalled, describe=describe_phase, seconds=900
+            "evaluation",
+            name,
+            NAMESPACE,
+            until=is_true("Succeeded"),
+            fails=is_stalled,
+            describe=describe_phase,
+            seconds=900,
         )
         board = done["status"]["leaderboard"]
         row.wer = "; ".join(f"{each['candidate']} {with_interval(each)}" for each in board)
         row.verdict = done["status"]["verdict"]["decision"]
         say(f"verdict {row.verdict}: {done['status']['verdict']['reason']}")
         if row.verdict != expected:
-            raise DemoError(f"{name}: the verdict is {row.verdict}, expected {expected}")
+            raise ClusterError(f"{name}: the verdict is {row.verdict}, expected {expected}")
 
 
 def describe_rollout(resource: Resource) -> str:
@@ -199,7 +182,7 @@ def describe_rollout(resource: Resource) -> str:
 def roll_out(record: Record, title: str, model: dict[str, Any], *, outcome: str) -> None:
     """Changes spec.model and follows the rollout to its end."""
     with record.stage(title) as row:
-        before = get("canary", "prod-voice")
+        before = get("canary", "prod-voice", NAMESPACE)
         known = {entry["id"] for entry in before["status"].get("history", [])}
         samples = record.rollouts.setdefault(title, [])
         began = time.monotonic()
@@ -222,24 +205,26 @@ def roll_out(record: Record, title: str, model: dict[str, Any], *, outcome: str)
 
         patch = [{"op": "replace", "path": "/spec/model", "value": model}]
         kubectl("patch", "canary", "prod-voice", "-n", NAMESPACE, "--type=json", "-p", json.dumps(patch))
-        done = wait("canary", "prod-voice", until=ended, describe=describe_rollout, seconds=1500, each=sample)
+        done = wait(
+            "canary", "prod-voice", NAMESPACE, until=ended, describe=describe_rollout, seconds=1500, each=sample
+        )
         entry = done["status"]["history"][0]
         row.wer = f"stable {percent(entry.get('stableWer'))}, canary {percent(entry.get('canaryWer'))}"
         row.verdict = entry["outcome"]
         say(f"{entry['outcome']}: {entry['message']}")
         if entry["outcome"] != outcome:
-            raise DemoError(f"the rollout ended as {entry['outcome']} ({entry['message']}), expected {outcome}")
+            raise ClusterError(f"the rollout ended as {entry['outcome']} ({entry['message']}), expected {outcome}")
 
 
 def check_state(*, phase: str, ready: str, canary_weight: int) -> None:
     """Checks that the Canary and its route say the same, and that stable serves."""
-    canary = get("canary", "prod-voice")
-    route = get("httproute", "prod-voice")
+    canary = get("canary", "prod-voice", NAMESPACE)
+    route = get("httproute", "prod-voice", NAMESPACE)
     weights = {each["name"]: each["weight"] for each in route["spec"]["rules"][0]["backendRefs"]}
     if canary["status"]["phase"] != phase or condition(canary, "Ready").get("status") != ready:
-        raise DemoError(f"prod-voice is {canary['status']['phase']}, Ready={condition(canary, 'Ready')}")
+        raise ClusterError(f"prod-voice is {canary['status']['phase']}, Ready={condition(canary, 'Ready')}")
     if weights != {"prod-voice-stable": 100 - canary_weight, "prod-voice-canary": canary_weight}:
-        raise DemoError(f"the route's weights are {weights}")
+        raise ClusterError(f"the route's weights are {weights}")
 
 
 @contextmanager
@@ -282,16 +267,16 @@ def play(record: Record, options: argparse.Namespace) -> None:
         if not options.skip_up:
             done = subprocess.run([sys.executable, "-m", "devcluster", "up"], cwd=REPOSITORY, check=False)
             if done.returncode != 0:
-                raise DemoError("the cluster did not come up; see above")
+                raise ClusterError("the cluster did not come up; see above")
         load_cluster_environment()
     with record.stage("operator"):
-        install_operator()
+        install_operator(HERE / "operator-values.yaml")
     with record.stage("data and base model"), ExitStack() as stack:
         thread.join()
         if "error" in assets:
             raise assets["error"]
         apply(MANIFESTS / "00-namespace.yaml")
-        stack.enter_context(store_on_loopback())
+        stack.enter_context(store_on_loopback(NAMESPACE))
         upload("make_data.py", DATA_PREFIX)
         upload("get_model.py", BASE_PREFIX)
     with record.stage("Dataset") as row:
@@ -301,6 +286,7 @@ def play(record: Record, options: argparse.Namespace) -> None:
         data = wait(
             "dataset",
             "telephone-prompts",
+            NAMESPACE,
             until=is_true("Ready"),
             fails=is_stalled,
             describe=describe_phase,
@@ -313,6 +299,7 @@ def play(record: Record, options: argparse.Namespace) -> None:
         tuned = wait(
             "finetune",
             "telephone-prompts-lora",
+            NAMESPACE,
             until=is_true("Succeeded"),
             fails=is_stalled,
             describe=describe_phase,
@@ -323,7 +310,7 @@ def play(record: Record, options: argparse.Namespace) -> None:
         row.verdict = tuned["status"]["modelId"]
     evaluate(record, "telephone-prompts-tuned", "Evaluation base : tuned", "40-evaluation-tuned.yaml", "Promote")
     with record.stage("Canary serves base"):
-        wait("canary", "prod-voice", until=is_true("Ready"), describe=describe_rollout, seconds=300)
+        wait("canary", "prod-voice", NAMESPACE, until=is_true("Ready"), describe=describe_rollout, seconds=300)
     with ordinary_traffic(record, assets["make_data.py"] / "audio", options.record.with_suffix(".traffic.json")):
         roll_out(
             record,
@@ -332,12 +319,12 @@ def play(record: Record, options: argparse.Namespace) -> None:
             outcome="Promoted",
         )
         check_state(phase="Healthy", ready="True", canary_weight=0)
-        with record.stage("making a bad model"), store_on_loopback():
+        with record.stage("making a bad model"), store_on_loopback(NAMESPACE):
             upload("make_bad_model.py", BAD_PREFIX, "--tuned", tuned["status"]["model"]["uri"])
         roll_out(record, "rollout of a bad model", {"uri": f"s3://attune/{BAD_PREFIX}"}, outcome="RolledBack")
         check_state(phase="Degraded", ready="False", canary_weight=0)
     if record.traffic.get("requests", 0) == 0 or record.traffic.get("failures", 1) != 0:
-        raise DemoError(f"ordinary traffic was to run without a failure; it counted {record.traffic}")
+        raise ClusterError(f"ordinary traffic was to run without a failure; it counted {record.traffic}")
 
 
 def main() -> int:
@@ -352,7 +339,7 @@ def main() -> int:
     record = Record()
     try:
         play(record, options)
-    except DemoError as error:
+    except ClusterError as error:
         show(record)
         print(f"\nThe demo did not end as it should: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Talks to the cluster as a person would: with kubectl and helm, read as JSON. What the demo's stages share."""
+"""Talks to a cluster as a person would, with kubectl and helm; the demo and the end-to-end tests share it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-NAMESPACE = "speech"
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 Resource = dict[str, Any]
 
 
-class DemoError(Exception):
-    """A stage did not end as it should; the message says how it ended."""
+class ClusterError(Exception):
+    """Something in the cluster did not end as it should; the message says how it ended."""
 
 
 def say(text: str) -> None:
@@ -42,11 +41,11 @@ def run(*command: str, text: str | None = None) -> str:
     """Runs a command and returns what it printed.
 
     Raises:
-        DemoError: when it fails, with what it said.
+        ClusterError: when it fails, with what it said.
     """
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     if done.returncode != 0:
-        raise DemoError(f"{' '.join(command[:4])} ... failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+        raise ClusterError(f"{' '.join(command[:4])} ... failed: {(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout
 
 
@@ -61,7 +60,7 @@ def apply(manifest: Path) -> None:
         say(f"kubectl apply: {line}")
 
 
-def get(kind: str, name: str, namespace: str = NAMESPACE) -> Resource:
+def get(kind: str, name: str, namespace: str) -> Resource:
     """Reads one object."""
     found: Resource = json.loads(kubectl("get", kind, name, "-n", namespace, "-o", "json"))
     return found
@@ -84,6 +83,7 @@ def is_current(resource: Resource) -> bool:
 def wait(
     kind: str,
     name: str,
+    namespace: str,
     *,
     until: Callable[[Resource], bool],
     describe: Callable[[Resource], str],
@@ -94,12 +94,12 @@ def wait(
     """Waits until a resource is as wanted, and says whatever changes meanwhile.
 
     Raises:
-        DemoError: when ``fails`` becomes true, or the time is up; with the resource's conditions.
+        ClusterError: when ``fails`` becomes true, or the time is up; with the resource's conditions.
     """
     deadline = time.monotonic() + seconds
     last = ""
     while True:
-        resource = get(kind, name)
+        resource = get(kind, name, namespace)
         now = describe(resource)
         if now != last:
             say(f"{kind}/{name}: {now}")
@@ -110,9 +110,9 @@ def wait(
             if until(resource):
                 return resource
             if fails is not None and fails(resource):
-                raise DemoError(f"{kind}/{name} failed: {explain(resource)}")
+                raise ClusterError(f"{kind}/{name} failed: {explain(resource)}")
         if time.monotonic() > deadline:
-            raise DemoError(f"{kind}/{name} was not done after {seconds} s: {explain(resource)}")
+            raise ClusterError(f"{kind}/{name} was not done after {seconds} s: {explain(resource)}")
         time.sleep(1)
 
 
@@ -135,14 +135,38 @@ def forwarded(target: str, namespace: str, port: int) -> Iterator[int]:
         line = process.stdout.readline() if process.stdout else ""
         found = re.search(r"127\.0\.0\.1:(\d+)", line)
         if found is None:
-            raise DemoError(f"kubectl port-forward to {target} in {namespace} did not start")
+            raise ClusterError(f"kubectl port-forward to {target} in {namespace} did not start")
         yield int(found.group(1))
     finally:
         process.terminate()
         process.wait()
 
 
-def read_store_secret() -> dict[str, str]:
-    """Reads the example's own store Secret, to put the example's files into the bucket."""
-    data = get("secret", "attune-store")["data"]
+def read_store_secret(namespace: str) -> dict[str, str]:
+    """Reads a namespace's store Secret, to put files into the bucket as the namespace's owner would."""
+    data = get("secret", "attune-store", namespace)["data"]
     return {key: base64.b64decode(value).decode() for key, value in data.items()}
+
+
+@contextmanager
+def store_on_loopback(namespace: str) -> Iterator[None]:
+    """Puts the store's address (as a loopback port) and keys into this process's environment."""
+    secret = read_store_secret(namespace)
+    with forwarded("service/s3", "storage", 9000) as port:
+        os.environ.update(
+            ATTUNE_STORE_ENDPOINT=f"http://127.0.0.1:{port}",
+            ATTUNE_STORE_BUCKET=secret["bucket"],
+            ATTUNE_STORE_REGION=secret["region"],
+            ATTUNE_STORE_ACCESS_KEY=secret["accessKey"],
+            ATTUNE_STORE_SECRET_KEY=secret["secretKey"],
+        )
+        yield
+
+
+def install_operator(values: Path) -> None:
+    """Installs the chart, or brings an installed one up to date."""
+    run(
+        "helm", "upgrade", "--install", "attune", str(REPOSITORY / "helm" / "attune"),
+        "--namespace", "attune-system", "--create-namespace", "--values", str(values), "--wait", "--timeout", "3m",
+    )  # fmt: skip
+    say("helm: operator installed")
