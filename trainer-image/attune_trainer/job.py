@@ -207,7 +207,10 @@ def _shorten(summary: Summary, examples: int, characters: int, listed: int) -> S
 
 def write_termination_message(summary: Summary) -> None:
     """Leaves the Summary where the kubelet reads it; outside a pod, where there is no such file, it is skipped."""
-    path = Path(os.environ.get(TERMINATION_MESSAGE_VARIABLE) or TERMINATION_MESSAGE_FILE)
+    configured = os.environ.get(TERMINATION_MESSAGE_VARIABLE)
+    path = Path(configured or TERMINATION_MESSAGE_FILE)
+    if not configured and not path.exists():  # the kubelet puts the file there; to create it would litter /dev
+        return
     try:
         path.write_text(summary.to_message(), encoding="utf-8")
     except OSError as error:

@@ -1,6 +1,7 @@
 """The object store that Jobs read from and write to, and models fetched from it or from a model hub."""
 
 import builtins
+import copy
 import hashlib
 import io
 import logging
@@ -110,6 +111,7 @@ class Store:
         )
         self.bucket = bucket
         self.endpoint = endpoint
+        self.region = region
         self._client = Minio(
             parts.netloc,
             access_key=access_key or None,
@@ -126,28 +128,37 @@ class Store:
         )
 
     @classmethod
-    def from_environment(cls, prefix: str = "ATTUNE_STORE_", *, bucket: str | None = None) -> "Store":
+    def from_environment(
+        cls, prefix: str = "ATTUNE_STORE_", *, bucket: str | None = None, like: "Store | None" = None
+    ) -> "Store":
         """Reads <prefix>ENDPOINT, BUCKET, REGION, ACCESS_KEY and SECRET_KEY.
 
         Args:
             prefix: ATTUNE_STORE_ for the namespace's store, ATTUNE_SOURCE_<index>_ for a source's own.
-            bucket: used where the environment names none; a source's bucket is in its URI.
+            bucket: used instead of the environment's; a source's bucket is in its URI.
+            like: gives endpoint and region where the environment has none.
 
         Raises:
             RecipeFailure: StoreNotConfigured, when endpoint or bucket is missing.
         """
-        endpoint = os.environ.get(f"{prefix}ENDPOINT")
-        bucket = os.environ.get(f"{prefix}BUCKET") or bucket
+        endpoint = os.environ.get(f"{prefix}ENDPOINT") or (like.endpoint if like else None)
+        bucket = bucket or os.environ.get(f"{prefix}BUCKET")
         if not endpoint or not bucket:
             missing = "endpoint" if not endpoint else "bucket"
             raise InvalidInput("StoreNotConfigured", f"the store's Secret has no {missing} ({prefix}{missing.upper()})")
         return cls(
             endpoint,
             bucket,
-            region=os.environ.get(f"{prefix}REGION"),
+            region=os.environ.get(f"{prefix}REGION") or (like.region if like else None),
             access_key=os.environ.get(f"{prefix}ACCESS_KEY"),
             secret_key=os.environ.get(f"{prefix}SECRET_KEY"),
         )
+
+    def for_bucket(self, bucket: str) -> "Store":
+        """Gives a store for another bucket of the same server, with the same credentials."""
+        other = copy.copy(self)
+        other.bucket = bucket
+        return other
 
     def uri(self, key: str) -> str:
         """Names a key of this store's bucket as s3://bucket/key."""
