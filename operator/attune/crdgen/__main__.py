@@ -22,11 +22,25 @@ _CHART_ANNOTATIONS = """\
 """
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that some reader of YAML takes for a number: 1e-3 is a string to PyYAML, and a float to Go."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        try:
+            float(text)
+        except ValueError:
+            return self.represent_str(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def build_files() -> dict[str, str]:
     """Builds every generated file: path relative to the repository's root -> content."""
     files = {}
     for kind in KINDS:
-        text = yaml.safe_dump(build_definition(kind), sort_keys=False, width=110, allow_unicode=True)
+        text = yaml.dump(build_definition(kind), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
         name = f"{GROUP}_{kind.PLURAL}.yaml"
         files[f"crds/{name}"] = _HEADER + text
         files[f"helm/attune/templates/crds/{name}"] = build_template(text)

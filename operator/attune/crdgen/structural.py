@@ -55,7 +55,10 @@ _HANDLED = frozenset(
 
 
 class _JsonSchema(GenerateJsonSchema):
-    """Pydantic's JSON schema with defaults as a user would write them: no nulls, and {} for a part left to itself."""
+    """Pydantic's JSON schema with defaults as a user would write them: in full, and without nulls.
+
+    A mere {} would be filled in as well, but the API server applies the CEL rules to it before that.
+    """
 
     def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
         """Takes default factories too."""
@@ -64,9 +67,9 @@ class _JsonSchema(GenerateJsonSchema):
         return super().get_default_value(schema)
 
     def encode_default(self, dft: Any) -> Any:
-        """Leaves out what was not given: the API server fills it in from the part's own defaults."""
+        """Writes parts in camelCase; optional means absent."""
         if isinstance(dft, BaseModel):
-            return dft.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            return dft.model_dump(mode="json", by_alias=True, exclude_none=True)
         if isinstance(dft, list):
             return [self.encode_default(item) for item in dft]
         return super().encode_default(dft)
