@@ -1,0 +1,229 @@
+"""Requests that wait at the same time are transcribed together, by one worker thread, out of a bounded queue."""
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Final, Protocol
+
+from attune_trainer.serving.audio import SAMPLE_RATE, Samples
+
+# Clips within this factor of each other's length are batched: a long one would keep the short ones' answers back.
+_LIKE_LENGTH: Final = 2.0
+_LIKE_ANYWAY_SECONDS: Final = 2.0
+
+
+class OverloadedError(Exception):
+    """No room for another request; it may be sent again after retry_after_seconds."""
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        super().__init__(f"overloaded, try again in {retry_after_seconds} s")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class BatchObserver(Protocol):
+    """Is told what the batcher does; the metrics implement it."""
+
+    def observe_batch(self, utterances: int, audio_seconds: float, busy_seconds: float) -> None:
+        """One batch has been transcribed in busy_seconds."""
+
+    def observe_queue(self, utterances: int, audio_seconds: float) -> None:
+        """The queue now holds this much."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Bounds on a batch and on what may wait for one."""
+
+    max_utterances: int  # in a batch
+    max_wait_seconds: float  # for requests that are on their way, before a batch starts without them
+    max_requests: int  # accepted and not yet answered
+    max_waiting_seconds: float  # of audio in the queue
+
+
+@dataclass(eq=False)
+class Waiting:
+    """An utterance in the queue and the future that its request awaits."""
+
+    samples: Samples
+    language: str | None
+    text: asyncio.Future[str]
+
+    @property
+    def seconds(self) -> float:
+        """Length of the audio."""
+        return len(self.samples) / SAMPLE_RATE
+
+
+def choose_batch(
+    seconds: Sequence[float], max_utterances: int, languages: Sequence[str | None] | None = None
+) -> list[int]:
+    """Chooses which of the waiting utterances are transcribed next, as indices into seconds (oldest first).
+
+    The oldest always goes, so none starves; with it go those of its language and of like length, nearest first,
+    because those take about as long: [3, 25, 4, 3.1] and room for 2 -> [0, 3].
+    """
+    oldest = max(seconds[0], _LIKE_ANYWAY_SECONDS)
+    distances = {
+        index: max(oldest, length) / min(oldest, length)
+        for index, length in enumerate(max(value, _LIKE_ANYWAY_SECONDS) for value in seconds)
+        if index and (languages is None or languages[index] == languages[0])
+    }
+    alike = [index for index, distance in distances.items() if distance <= _LIKE_LENGTH]
+    alike.sort(key=lambda index: (distances[index], index))
+    return sorted([0, *alike[: max_utterances - 1]])
+
+
+@dataclass
+class Batcher:
+    """Turns concurrent calls of transcribe() into batches. All methods belong to the event loop's thread.
+
+    Attributes:
+        recognise: samples and their language -> texts, in the same order; runs on the worker, one call at a time.
+        worker: an executor with a single thread.
+    """
+
+    recognise: Callable[[list[Samples], str | None], list[str]]
+    worker: Executor
+    limits: BatchLimits
+    observer: BatchObserver
+    _queue: list[Waiting] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _requests: int = 0
+    _on_their_way: int = 0
+    _audio_seconds: float = 0.0  # transcribed so far, and the time that it took
+    _busy_seconds: float = 0.0
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Holds a place for a request from its first byte to its answer.
+
+        Raises:
+            OverloadedError: when max_requests hold one already.
+        """
+        if self._requests >= self.limits.max_requests:
+            raise OverloadedError(self._retry_after_seconds())
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    @contextmanager
+    def announce(self) -> Iterator[None]:
+        """Says that an utterance is on its way (uploading, decoding), which a batch may wait for a moment."""
+        self._on_their_way += 1
+        try:
+            yield
+        finally:
+            self._on_their_way -= 1
+            self._changed.set()
+
+    async def transcribe(self, samples: Samples, language: str | None = None) -> str:
+        """Puts an utterance in the queue and returns its text. Cancelling the call takes it out again.
+
+        Args:
+            samples: float32 at 16 kHz.
+            language: what the model is told; None leaves it to the model.
+
+        Raises:
+            OverloadedError: when the queue already holds max_waiting_seconds of audio.
+            Exception: what the recogniser raised for this utterance alone.
+        """
+        item = Waiting(samples, language, asyncio.get_running_loop().create_future())
+        queued = sum(other.seconds for other in self._queue)
+        if self._queue and queued + item.seconds > self.limits.max_waiting_seconds:
+            raise OverloadedError(self._retry_after_seconds())
+        self._queue.append(item)
+        self._report_queue()
+        self._changed.set()
+        try:
+            return await item.text
+        finally:
+            if item in self._queue:
+                self._queue.remove(item)
+                self._report_queue()
+
+    async def run(self) -> None:
+        """Transcribes batches until cancelled."""
+        while True:
+            await self._wait_for_batch()
+            if not self._queue:
+                continue
+            chosen = choose_batch(
+                [item.seconds for item in self._queue],
+                self.limits.max_utterances,
+                [item.language for item in self._queue],
+            )
+            batch = [self._queue[index] for index in chosen]
+            self._queue = [item for item in self._queue if item not in batch]
+            self._report_queue()
+            await self._transcribe_batch(batch)
+
+    async def _wait_for_batch(self) -> None:
+        """Returns when something waits, and then nothing more is on its way, or the batch is full, or time is up."""
+        while not self._queue:
+            await self._wait_for_change(None)
+        deadline = monotonic() + self.limits.max_wait_seconds
+        while self._queue and self._on_their_way and len(self._queue) < self.limits.max_utterances:
+            remaining = deadline - monotonic()
+            if remaining <= 0:
+                return
+            await self._wait_for_change(remaining)
+
+    async def _wait_for_change(self, timeout_seconds: float | None) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _transcribe_batch(self, batch: list[Waiting]) -> None:
+        try:
+            texts = await self._recognise(batch)
+        except Exception as error:  # noqa: BLE001 (whatever the model raises belongs to the request that caused it)
+            if len(batch) == 1:
+                _settle(batch[0], error)
+                return
+            # One bad utterance, or too little memory for so many: alone, each gets its own answer.
+            for item in batch:
+                await self._transcribe_batch([item])
+            return
+        for item, text in zip(batch, texts, strict=True):
+            _settle(item, text)
+
+    async def _recognise(self, batch: list[Waiting]) -> list[str]:
+        started = monotonic()
+        samples = [item.samples for item in batch]
+        texts = await asyncio.get_running_loop().run_in_executor(
+            self.worker, self.recognise, samples, batch[0].language
+        )
+        if len(texts) != len(batch):
+            raise RuntimeError(f"{len(batch)} utterances gave {len(texts)} texts")
+        audio, busy = sum(item.seconds for item in batch), monotonic() - started
+        self._audio_seconds += audio
+        self._busy_seconds += busy
+        self.observer.observe_batch(len(batch), audio, busy)
+        return texts
+
+    def _retry_after_seconds(self) -> int:
+        """Estimates when what waits now will be done, from the speed so far; between 1 and 60 s."""
+        speed = self._busy_seconds / self._audio_seconds if self._audio_seconds else 1.0
+        waiting = sum(item.seconds for item in self._queue)
+        return max(1, min(60, math.ceil(waiting * speed)))
+
+    def _report_queue(self) -> None:
+        self.observer.observe_queue(len(self._queue), sum(item.seconds for item in self._queue))
+
+
+def _settle(item: Waiting, outcome: str | Exception) -> None:
+    if item.text.done():  # the client went away
+        return
+    if isinstance(outcome, Exception):
+        item.text.set_exception(outcome)
+    else:
+        item.text.set_result(outcome)
