@@ -13,5 +13,21 @@ class Conflict(AttuneError):  # noqa: N818
     """Somebody else wrote in between. Reading again and deciding anew helps at once."""
 
 
+class AlreadyExists(AttuneError):  # noqa: N818
+    """An object of this name is there already."""
+
+
 class NotOurs(AttuneError):  # noqa: N818
     """An object of a name that we need belongs to somebody else. Nothing is overwritten."""
+
+
+class Refused(AttuneError):  # noqa: N818
+    """The API server refuses the request as it is: forbidden, over quota, or invalid. Its message says why."""
+
+
+class NotServed(AttuneError):  # noqa: N818
+    """The cluster does not serve this kind of object: its CRD is not installed."""
+
+
+class NotLeader(AttuneError):  # noqa: N818
+    """This process may no longer write: its Lease has run out."""

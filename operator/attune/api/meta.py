@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from attune.contract.base import ContractModel, DnsLabel, Uri
+from attune.contract.job import Owner
 
 GROUP = "attune.dev"
 VERSION = "v1alpha1"
@@ -40,6 +41,7 @@ class Metadata(StatusModel):
     name: str
     namespace: str
     uid: str
+    resource_version: str = ""
     generation: int = 1
     deletion_timestamp: str | None = None
     annotations: dict[str, str] = {}
@@ -148,3 +150,10 @@ class Resource(BaseModel):
     RULES: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     metadata: Metadata
+    status: Status = Status()
+
+    def owner(self) -> Owner:
+        """This resource as its Jobs know it."""
+        return Owner(
+            kind=self.KIND, namespace=self.metadata.namespace, name=self.metadata.name, uid=self.metadata.uid
+        )

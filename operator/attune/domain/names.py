@@ -1,0 +1,35 @@
+"""Names that follow from what they stand for, so that a repeated create finds what is there."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+OWNER_CHARACTERS = 38  # 38 + 1 + 8 (recipe) + 1 + 8 (run) + 1 + 5 (placement) = 62, and a Job's name may have 63
+
+
+def fingerprint(*parts: BaseModel | Mapping[str, Any] | str | None, digits: int = 8) -> str:
+    """Gives the first hexadecimal digits of a SHA-256 over the parts; equal parts give equal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        plain = part.model_dump(mode="json", by_alias=True, exclude_none=True) if isinstance(part, BaseModel) else part
+        digest.update(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:digits]
+
+
+def build_job_name(owner: str, recipe: str, run: str, placement: str) -> str:
+    """Names a Job: build_job_name("calls", "prepare", "1a2b3c4d", "5e6f7") -> "calls-prepare-1a2b3c4d-5e6f7".
+
+    run is a fingerprint of the owner's uid and of what is done; placement one of how it is done (resources, Secrets),
+    so that a Job with more memory is a new Job of the same run. Owner names longer than OWNER_CHARACTERS are cut; the
+    fingerprints keep the result unique.
+    """
+    return f"{owner[:OWNER_CHARACTERS].rstrip('-.')}-{recipe}-{run}-{placement}"
+
+
+def is_same_run(one: str | None, other: str) -> bool:
+    """Tells whether two Jobs' names differ at most in their placement."""
+    return one is not None and one.rpartition("-")[0] == other.rpartition("-")[0]

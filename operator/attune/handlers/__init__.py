@@ -1,0 +1,1 @@
+"""What kopf calls when something changes: each handler only wakes a key."""
