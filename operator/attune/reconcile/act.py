@@ -4,7 +4,7 @@ import logging
 from datetime import datetime, timedelta
 from typing import Any, assert_never
 
-from attune.adapters.cluster import CONFIG_MAP, EVENT, JOB, Cluster, Object, is_owned_by, type_of
+from attune.adapters.cluster import CONFIG_MAP, EVENT, JOB, Cluster, is_owned_by
 from attune.api import Canary
 from attune.api.meta import GROUP, VERSION, Resource, Status
 from attune.contract.job import Owner
@@ -20,8 +20,9 @@ from attune.domain.actions import (
     Plan,
 )
 from attune.domain.times import format_time, parse_time
-from attune.errors import AlreadyExists, Conflict, NotOurs
+from attune.errors import AlreadyExists
 from attune.reconcile import act_canary
+from attune.reconcile.ensure import ensure_created
 from attune.render.event import build_event
 from attune.render.job import build_config_map, build_job
 from attune.settings import Settings
@@ -91,29 +92,6 @@ def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
         _log.info(verb, extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
         return True
     return wrote
-
-
-def ensure_created(cluster: Cluster, owner: Owner, obj: Object) -> Object | None:
-    """Creates an object that never changes; gives None when it was created, or the one that is already there.
-
-    Raises:
-        NotOurs: when the one that is there has another owner.
-        Conflict: when it vanished in between.
-    """
-    try:
-        cluster.create(obj)
-    except AlreadyExists:
-        metadata = obj["metadata"]
-        present = cluster.get(type_of(obj), metadata["namespace"], metadata["name"])
-        if present is None:
-            raise Conflict(f"{obj['kind']} {metadata['name']} has just gone") from None
-        if not is_owned_by(present, owner.uid):
-            raise NotOurs(
-                f"{obj['kind']} {metadata['name']} exists and is not owned by {owner.kind} {owner.name}; "
-                "delete or rename it"
-            ) from None
-        return present
-    return None
 
 
 def delete_job(cluster: Cluster, owner: Owner, name: str) -> bool:
