@@ -137,6 +137,10 @@ class ScoreRecipe(ContractModel):
     split: Split = Split.HOLDOUT
     stable_url: str  # http://host:port, of the arm's own Service
     canary_url: str
+    # Where set, answers that name another model in x-attune-model-id are not counted: pods of an earlier or a later
+    # rollout may stand behind an arm's Service for a while.
+    stable_model_id: str | None = None
+    canary_model_id: str | None = None
     requests_per_minute: int  # utterances a minute; each goes to both arms
     canary: str  # values of the labels in contract.metrics
     namespace: str
