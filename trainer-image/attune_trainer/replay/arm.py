@@ -25,7 +25,7 @@ class RequestFailedError(Exception):
 
 
 class WrongModelError(Exception):
-    """Another model than the arm's answered: a pod of an earlier rollout is still there, or one of a later one already."""
+    """Another model than the arm's answered: a pod of an earlier rollout is still there, or one of a later one is."""
 
 
 @dataclass(frozen=True)
