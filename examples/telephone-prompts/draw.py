@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STABLE, CANARY = "#4c6a92", "#c0622d"
