@@ -129,8 +129,8 @@ def judge(evidence: PairedSums | NoEvidence, test: WerTest) -> Judgement:
 
     Worked example, tolerance 5 %, confidence 95 %: over 100 utterances of 5 words stable made 60 errors and the canary
     160, with sums of squares 120 and 420 and of products 110. Then d = 160 - 1.05 * 60 = 97 in all, 0.97 an utterance;
-    its variance is (420 - 2.1 * 110 + 1.1025 * 120) / 100 - 0.97^2 + 0.01 = 2.282; the boundary at n = 100 is 0.3094
-    standard deviations, 0.467 errors; so d lies within 0.503 and 1.437 errors an utterance, which is 10.1 to 28.7
+    its variance is (420 - 2.1 * 110 + 1.1025 * 120) / 100 - 0.97^2 + 0.01 = 2.282; the boundary at n = 100 is 0.3051
+    standard deviations, 0.461 errors; so d lies within 0.509 and 1.431 errors an utterance, which is 10.2 to 28.6
     points of word error rate: Fail.
     """
     if isinstance(evidence, NoEvidence):
@@ -151,7 +151,7 @@ def judge(evidence: PairedSums | NoEvidence, test: WerTest) -> Judgement:
 def compute_boundary(utterances: int, alpha: float) -> float:
     """Half the width of the confidence sequence, in standard deviations of one utterance.
 
-    alpha is the chance that the sequence ever misses. compute_boundary(100, 0.05) -> 0.3094: at 100 utterances the mean
+    alpha is the chance that the sequence ever misses. compute_boundary(100, 0.05) -> 0.3051: at 100 utterances the mean
     is known to within 0.31 standard deviations. A test that looks only once would have 0.196.
     """
     log_term = -2 * math.log(alpha)
@@ -163,7 +163,7 @@ def compute_boundary(utterances: int, alpha: float) -> float:
 def estimate_utterances(mean: float, variance: float, alpha: float) -> int | None:
     """How many utterances decide when d has this mean and variance; None when no golden set would.
 
-    estimate_utterances(0.97, 2.272, 0.05) -> 31.
+    estimate_utterances(0.97, 2.272, 0.05) -> 29.
     """
     if mean == 0:
         return None
@@ -232,8 +232,8 @@ def _weigh(sums: PairedSums, test: WerTest) -> Judgement:
         message = f"{heard}; over {n} utterances {beyond} is at least {_points(low)} points"
     elif n >= MIN_UTTERANCES and high < 0 and sums.words >= test.min_words:
         verdict, reason = AnalysisVerdict.PASS, "WordErrorRateGood"
-        message = f"{heard}; over {n} utterances it is better than the tolerated {_percent(tolerance)} more by at least"
-        message = f"{message} {_points(-high)} points"
+        limit = f"the tolerated limit, {_percent(tolerance)} above stable"
+        message = f"{heard}; over {n} utterances it stays below {limit}, by at least {_points(-high)} points"
     else:
         verdict, reason = AnalysisVerdict.INCONCLUSIVE, "NotEnoughEvidence"
         enough = estimate_utterances(mean, variance, alpha)
@@ -286,14 +286,14 @@ def _size_golden_set(sums: PairedSums, test: WerTest, enough: int | None) -> int
         if equal <= sums.golden_utterances and not sums.exhausted:
             return None
     sizes = [size for size in (enough, equal) if size is not None and size > sums.golden_utterances]
-    # With nothing to go by (stable made no errors, or both are alike to the last digit) ask for ten times as much.
-    return min(sizes) if sizes else 10 * sums.golden_utterances
+    # None where no size helps: stable made no error at all, so a relative tolerance tolerates none.
+    return min(sizes, default=None)
 
 
 def _say_what_is_needed(sums: PairedSums, test: WerTest, needs: int | None, golden_needed: int | None) -> str:
     if sums.exhausted:
         said = f"; all {sums.golden_utterances} golden utterances have been heard"
-        return f"{said}, about {golden_needed} would decide" if golden_needed else said
+        return f"{said}, about {golden_needed} would have decided" if golden_needed else said
     if golden_needed is not None:
         return f"; the golden set holds {sums.golden_utterances} utterances, about {golden_needed} would decide"
     if sums.utterances < MIN_UTTERANCES:
