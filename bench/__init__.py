@@ -1,0 +1,1 @@
+"""Benchmarks: each module measures one promise, `make bench NAME=<module>`."""
