@@ -115,15 +115,15 @@ def main() -> None:
                 failures += failed
     finally:
         client.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
-    times.sort()
+    middle, slowest = statistics.median(times), max(times)
     report(
         "weight-change",
         [
-            Row("weight change to first request, median", statistics.median(times), "s", "under 1 s", statistics.median(times) < 1),
-            Row("weight change to first request, slowest", times[-1], "s", "under 1 s", times[-1] < 1),
-            Row("failed requests", failures, "", "0", failures == 0, f"{CHANGES} changes"),
+            Row("weight change to first request, median", middle, "s", "under 1 s", holds=middle < 1),
+            Row("weight change to first request, slowest", slowest, "s", "under 1 s", holds=slowest < 1),
+            Row("failed requests", failures, "", "0", holds=failures == 0, versus=f"{CHANGES} changes"),
         ],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":
