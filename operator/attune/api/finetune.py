@@ -96,6 +96,7 @@ class LineageDataset(StatusModel):
 
     name: str = Field(max_length=63, description="Name of the Dataset.")
     revision: str = Field(max_length=71, description="Its revision when the run began.")
+    uri: str = Field(max_length=1024, description="Folder of that revision.")
 
 
 class Lineage(StatusModel):
