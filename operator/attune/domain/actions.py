@@ -57,14 +57,16 @@ class DeleteArm:
 class RolloutRecord:
     """What is known of a rollout, kept on the route beside the weights, so that both change in one request.
 
-    step is None until the first step began. A rollout with a failed_reason has failed: no later pass can raise its
-    weight, whatever else was lost. Times are RFC 3339 in UTC.
+    step is None until the first step began. promoting is true from the last Pass until stable serves the new model. A
+    rollout with a failed_reason has failed: no later pass can raise its weight, whatever else was lost. Times are
+    RFC 3339 in UTC.
     """
 
     id: str
     step: int | None
     started: str
     step_started: str
+    promoting: bool = False
     failed_reason: str | None = None
     failed_message: str | None = None
 
