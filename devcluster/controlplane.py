@@ -40,6 +40,7 @@ class ControlPlane:
     folder: Path
     address: str = "127.0.0.1"
     preferred_port: int = 0
+    log_folder: Path | None = None
 
     @property
     def kubeconfig(self) -> Path:
@@ -54,7 +55,7 @@ class ControlPlane:
     @property
     def logs(self) -> Path:
         """The folder of its daemons' logs."""
-        return self.folder / "logs"
+        return self.log_folder or self.folder / "logs"
 
     @property
     def server(self) -> str:
@@ -66,9 +67,10 @@ class ControlPlane:
         file = self.folder / "ports.json"
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            etcd_client, etcd_peer, any_port = free_ports(3)
+            etcd_client, etcd_peer, proxy_metrics, any_port = free_ports(4)
             apiserver = self.preferred_port if is_free(self.address, self.preferred_port) else any_port
-            file.write_text(json.dumps({"etcd": etcd_client, "etcd-peer": etcd_peer, "apiserver": apiserver}))
+            chosen = {"etcd": etcd_client, "etcd-peer": etcd_peer, "apiserver": apiserver, "kube-proxy": proxy_metrics}
+            file.write_text(json.dumps(chosen))
         ports: dict[str, int] = json.loads(file.read_text())
         return ports
 

@@ -26,6 +26,6 @@ def logs() -> Path:
     return state() / "logs"
 
 
-def kubeconfig() -> Path:
-    """The kubeconfig of the cluster that `up` started."""
-    return state() / "kubeconfig"
+def node() -> Path:
+    """The folder of the one-node cluster."""
+    return state() / "node"

@@ -67,6 +67,9 @@ class Supervisor:
         """Start everything, restart what ends, and end everything in the reverse order when told to."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
+        if self.specification.binds:
+            # A kubelet expects that mounts are shared; here they are shared within the node's namespace only.
+            subprocess.run(["mount", "--make-rshared", "/"], check=True)
         for source, target in self.specification.binds:
             subprocess.run(["mount", "--bind", source, target], check=True)
         while not self.stopping:
