@@ -27,9 +27,13 @@ def decide_conditions(
 
     terminal is Ready or Succeeded. working: the operator is on its way and needs nobody. stalled: only a person can
     help. now is RFC 3339 in UTC.
+
+    What is neither there nor stalled is Reconciling, even where it only waits (suspended): a tool that follows kstatus
+    knows no condition Succeeded, and would take a resource that is neither Reconciling nor Stalled for finished.
     """
     if working and stalled:
         raise ValueError("working and stalled exclude each other")
+    reconciling = working or (state != "True" and not stalled)
     before = {condition.type: condition for condition in previous}
 
     def condition(kind: str, value: State, because: str, text: str) -> Condition:
@@ -47,7 +51,10 @@ def decide_conditions(
     return [
         condition(terminal, state, reason, message),
         condition(
-            RECONCILING, "True" if working else "False", reason if working else "Settled", message if working else ""
+            RECONCILING,
+            "True" if reconciling else "False",
+            reason if reconciling else "Settled",
+            message if reconciling else "",
         ),
         condition(
             STALLED, "True" if stalled else "False", reason if stalled else "NotStalled", message if stalled else ""
