@@ -11,13 +11,26 @@ OWNER_CHARACTERS = 38  # 38 + 1 + 8 (recipe) + 1 + 8 (run) + 1 + 5 (placement) =
 
 
 def fingerprint(*parts: BaseModel | Mapping[str, Any] | str | None, digits: int = 8) -> str:
-    """Gives the first hexadecimal digits of a SHA-256 over the parts; equal parts give equal digits."""
+    """Gives the first hexadecimal digits of a SHA-256 over the parts; equal parts give equal digits.
+
+    Of a model only what differs from its defaults counts: a later release that knows one more option must not take
+    every finished run for an outdated one.
+    """
     digest = hashlib.sha256()
     for part in parts:
-        plain = part.model_dump(mode="json", by_alias=True, exclude_none=True) if isinstance(part, BaseModel) else part
-        digest.update(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+        plain = (
+            part.model_dump(mode="json", by_alias=True, exclude_defaults=True) if isinstance(part, BaseModel) else part
+        )
+        digest.update(json.dumps(_without_empty(plain), sort_keys=True, separators=(",", ":")).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:digits]
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {key: _without_empty(one) for key, one in value.items()}
+        return {key: one for key, one in kept.items() if one not in ({}, [], None)}
+    return [_without_empty(one) for one in value] if isinstance(value, list) else value
 
 
 def build_job_name(owner: str, recipe: str, run: str, placement: str) -> str:

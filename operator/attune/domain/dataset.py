@@ -1,0 +1,155 @@
+"""Dataset: sources -> a prepare Job -> a revision with its statistics."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from attune.api.dataset import (
+    Dataset,
+    DatasetSpec,
+    DatasetStatus,
+    QualityStatus,
+    RejectionStatus,
+    SplitsStatus,
+    SplitStatus,
+    StatisticsStatus,
+)
+from attune.contract.job import PrepareRecipe, PrepareSource, SplitRule
+from attune.contract.result import PrepareResult, SplitStatistics
+from attune.domain.actions import EnsureJob, Plan
+from attune.domain.jobs import (
+    ObservedJob,
+    Standing,
+    Surroundings,
+    Wording,
+    build_ensure_job,
+    build_key,
+    build_plan,
+    decide_course,
+    decide_outdated,
+)
+from attune.domain.names import fingerprint, is_same_run
+
+PREPARED: Final = "Prepared"
+_RUN: Final = Wording(
+    pending="False",
+    phase="Preparing",
+    reason="Preparing",
+    does="prepares the Dataset",
+    more_memory="raise spec.resources.limits.memory",
+)
+
+
+@dataclass(frozen=True)
+class ObservedDataset:
+    """A Dataset and its Jobs."""
+
+    resource: Dataset
+    jobs: tuple[ObservedJob, ...]
+    now: datetime
+    surroundings: Surroundings
+
+
+def decide_dataset(observed: ObservedDataset) -> Plan:
+    """Decides the next step of a Dataset. The last good revision stays in the status until the next one is there."""
+    dataset = observed.resource
+    status = dataset.status
+    wanted = build_prepare_job(dataset)
+    if status.revision is not None and is_same_run(status.job_name, wanted.name):
+        actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
+        return build_plan(observed.resource, status, _describe_ready(status), observed.now, actions)
+    course = decide_course(
+        wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings
+    )
+    if isinstance(course.result, PrepareResult):
+        status = _take_result(status, course.result, wanted.name)
+        return build_plan(observed.resource, status, _describe_ready(status), observed.now, course.actions)
+    if status.revision is None:
+        # With a revision, job_name is the Job that made it: that is how a later pass knows whether it is current.
+        status = status.model_copy(update={"job_name": wanted.name})
+    return build_plan(observed.resource, status, course.standing, observed.now, course.actions, course.look_again_seconds)
+
+
+def build_prepare_job(dataset: Dataset) -> EnsureJob:
+    """Builds the wish for the Job that prepares this spec."""
+    spec, owner = dataset.spec, dataset.owner()
+    recipe = _build_recipe(spec)
+    run = fingerprint(owner.uid, recipe)
+    secrets = tuple(
+        (index, source.s3.credentials_secret_ref.name)
+        for index, source in enumerate(spec.sources)
+        if source.s3.credentials_secret_ref is not None
+    )
+    return build_ensure_job(
+        owner,
+        recipe.model_copy(update={"output_prefix": build_key("datasets", owner, run)}),
+        run,
+        suspended=spec.suspend,
+        resources=spec.resources,
+        source_secrets=secrets,
+    )
+
+
+def _build_recipe(spec: DatasetSpec) -> PrepareRecipe:
+    options = {}
+    for step in spec.pipeline:
+        for name in ("sample_rate", "min_seconds", "max_seconds"):
+            value = getattr(step, name)
+            if value is not None:
+                options[name] = value
+    return PrepareRecipe(
+        sources=[
+            PrepareSource(
+                uri=source.s3.uri,
+                format=source.format,
+                manifest=source.manifest,
+                credentials_index=index if source.s3.credentials_secret_ref is not None else None,
+            )
+            for index, source in enumerate(spec.sources)
+        ],
+        language=spec.language,
+        splits=SplitRule(
+            by=spec.splits.by,
+            validation=spec.splits.validation,
+            holdout=spec.splits.holdout,
+            seed=spec.splits.seed,
+        ),
+        max_rejected_share=spec.max_rejected_share,
+        output_prefix="",
+        **options,
+    )
+
+
+def _take_result(status: DatasetStatus, result: PrepareResult, job_name: str) -> DatasetStatus:
+    def split(counts: SplitStatistics) -> SplitStatus:
+        return SplitStatus.model_validate(counts.model_dump())
+
+    return status.model_copy(
+        update={
+            "revision": result.revision,
+            "uri": result.uri,
+            "stats": StatisticsStatus.model_validate(result.stats.model_dump()),
+            "splits": SplitsStatus(
+                train=split(result.splits.train),
+                validation=split(result.splits.validation),
+                holdout=split(result.splits.holdout),
+            ),
+            "quality": QualityStatus(
+                rejected=result.rejected,
+                rejections=[RejectionStatus.model_validate(one.model_dump()) for one in result.rejections],
+            ),
+            "job_name": job_name,
+        }
+    )
+
+
+def _describe_ready(status: DatasetStatus) -> Standing:
+    stats, quality = status.stats, status.quality
+    message = "prepared"
+    if stats is not None:
+        message = f"{stats.utterances} utterances, {stats.hours} hours, {stats.speakers} speakers"
+    if quality is not None and quality.rejected:
+        reasons = ", ".join(f"{one.count} {one.reason}" for one in quality.rejections)
+        message += f"; {quality.rejected} left out" + (f" ({reasons})" if reasons else "")
+    return Standing("True", "Ready", PREPARED, message)
+

@@ -1,0 +1,241 @@
+"""FineTune: Datasets, fixed at their revisions -> a finetune Job -> a model."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from attune.api.finetune import (
+    FineTune,
+    FineTuneMetrics,
+    FineTuneStatus,
+    Lineage,
+    LineageDataset,
+    ModelStatus,
+    ProgressMetric,
+    ProgressStatus,
+    Usage,
+)
+from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput
+from attune.contract.result import FinetuneResult, Progress
+from attune.contract.training import Checkpointing
+from attune.domain.actions import EnsureJob, Plan
+from attune.domain.jobs import (
+    SUSPENDED,
+    Availability,
+    ObservedJob,
+    Standing,
+    Surroundings,
+    Wording,
+    build_ensure_job,
+    build_key,
+    build_plan,
+    decide_course,
+    decide_outdated,
+    describe_availability,
+)
+from attune.domain.names import fingerprint, is_same_run
+from attune.domain.times import format_time, parse_time
+
+TRAINED: Final = "Trained"
+DATASETS_FIXED: Final = "DatasetsFixed"
+_RUN: Final = Wording(
+    pending="Unknown",
+    phase="Running",
+    reason="Training",
+    does="trains the model",
+    more_memory=(
+        "raise spec.resources.limits.memory, or create the FineTune anew with a smaller "
+        "hyperparameters.maxBatchSeconds or batchSize"
+    ),
+)
+# Time to write a checkpoint to the store when the pod is told to stop.
+_GRACE_SECONDS: Final = 120
+_BASE_CHARACTERS: Final = 100
+
+
+@dataclass(frozen=True)
+class ObservedDatasetRef:
+    """A Dataset that a FineTune or an Evaluation names. revision and uri are there when it is Ready."""
+
+    name: str
+    availability: Availability
+    revision: str | None = None
+    uri: str | None = None
+
+
+@dataclass(frozen=True)
+class ObservedFineTune:
+    """A FineTune, the Datasets that it names (in the order of the spec), its Jobs, and how far its pod says it is."""
+
+    resource: FineTune
+    datasets: tuple[ObservedDatasetRef, ...]
+    jobs: tuple[ObservedJob, ...]
+    now: datetime
+    surroundings: Surroundings
+    progress: Progress | None = None
+
+
+def decide_finetune(observed: ObservedFineTune) -> Plan:
+    """Decides the next step of a FineTune: wait for its Datasets, fix their revisions, train, take the result."""
+    tune = observed.resource
+    status = tune.status
+    fixed = _find_fixed(tune)
+    if fixed is None:
+        return _decide_inputs(observed)
+    wanted = build_finetune_job(tune, fixed)
+    if status.model is not None and is_same_run(status.job_name, wanted.name):
+        actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
+        return build_plan(tune, status, _describe_trained(status), observed.now, actions)
+    course = decide_course(wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings)
+    if isinstance(course.result, FinetuneResult):
+        status = _take_result(status, course.result, wanted.name)
+        return build_plan(tune, status, _describe_trained(status), observed.now, course.actions)
+    if status.model is None:
+        # With a model, these two name the run that made it, until the next one has made its own.
+        model_id = wanted.spec.recipe.model_id if isinstance(wanted.spec.recipe, FinetuneRecipe) else None
+        status = status.model_copy(update={"job_name": wanted.name, "model_id": model_id})
+    look_again = course.look_again_seconds
+    if course.standing.reason == _RUN.reason:
+        status = _take_progress(status, observed)
+        look_again = float(observed.surroundings.progress_seconds)
+    return build_plan(tune, status, course.standing, observed.now, course.actions, look_again)
+
+
+def _find_fixed(tune: FineTune) -> tuple[LineageDataset, ...] | None:
+    """Gives the revisions that an earlier pass fixed for exactly these Datasets."""
+    lineage = tune.status.lineage
+    if lineage is None or [one.name for one in lineage.datasets] != [one.name for one in tune.spec.datasets]:
+        return None
+    return tuple(lineage.datasets)
+
+
+def _decide_inputs(observed: ObservedFineTune) -> Plan:
+    """Waits for the Datasets, then writes down their revisions; the Job follows once that is stored.
+
+    A Dataset may get a new revision at any time; were the revision fixed by the Job alone, an operator that is killed
+    between creating the Job and writing the status would start a second run on the new one.
+    """
+    tune = observed.resource
+    if tune.spec.suspend:
+        held = Standing(_RUN.pending, SUSPENDED, SUSPENDED, "spec.suspend is true; set it to false to go on")
+        return build_plan(tune, tune.status, held, observed.now, ())
+    for dataset in observed.datasets:
+        blocked = describe_availability("Dataset", dataset.name, dataset.availability)
+        if blocked is not None:
+            reason, message = blocked
+            waiting = Standing(
+                _RUN.pending, "Pending", reason, message, working=True, warning=dataset.availability != "NotReady"
+            )
+            return build_plan(tune, tune.status, waiting, observed.now, ())
+    lineage = Lineage(
+        base_uri=tune.spec.base_model.uri,
+        datasets=[
+            LineageDataset(name=one.name, revision=one.revision or "", uri=one.uri or "") for one in observed.datasets
+        ],
+    )
+    names = ", ".join(one.name for one in observed.datasets)
+    fixed = Standing(_RUN.pending, "Pending", DATASETS_FIXED, f"trains on {names} as prepared now", working=True)
+    status = tune.status.model_copy(update={"lineage": lineage})
+    return build_plan(tune, status, fixed, observed.now, (), look_again_seconds=0)
+
+
+def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> EnsureJob:
+    """Builds the wish for the Job that trains this spec on these revisions.
+
+    Checkpointing is how, not what: a change of it makes a new Job of the same run, which goes on from the checkpoints.
+    """
+    spec, owner = tune.spec, tune.owner()
+    recipe = FinetuneRecipe(
+        base=ModelInput(uri=spec.base_model.uri),
+        datasets=[DatasetInput(name=one.name, revision=one.revision, uri=one.uri) for one in datasets],
+        method=spec.method,
+        lora=spec.lora,
+        hyperparameters=spec.hyperparameters,
+        padding=spec.padding,
+        early_stopping=spec.early_stopping,
+        distributed=spec.distributed,
+        model_id="",
+        output_prefix="",
+        checkpoint_prefix="",
+    )
+    run = fingerprint(owner.uid, recipe)
+    return build_ensure_job(
+        owner,
+        recipe.model_copy(
+            update={
+                "checkpoint": spec.checkpoint,
+                "model_id": build_model_id(spec.base_model.uri, run),
+                "output_prefix": build_key("models", owner, run),
+                "checkpoint_prefix": build_key("checkpoints", owner, run),
+            }
+        ),
+        run,
+        suspended=spec.suspend,
+        resources=spec.resources,
+        termination_grace_seconds=_GRACE_SECONDS,
+        placement=() if spec.checkpoint == Checkpointing() else (spec.checkpoint.model_dump_json(),),
+    )
+
+
+def build_model_id(base_uri: str, run: str) -> str:
+    """Names a tuned model: ("s3://models/whisper-tiny.en/", "3f9c2a1b") -> "ft:whisper-tiny.en:3f9c2a"."""
+    base = base_uri.rstrip("/").rpartition("/")[2].partition("@")[0]
+    return f"ft:{base[:_BASE_CHARACTERS]}:{run[:6]}"
+
+
+def _take_result(status: FineTuneStatus, result: FinetuneResult, job_name: str) -> FineTuneStatus:
+    lineage = status.lineage
+    return status.model_copy(
+        update={
+            "model_id": result.model_id,
+            "model": ModelStatus(
+                uri=result.model_uri,
+                digest=result.model_digest,
+                adapter_uri=result.adapter_uri,
+                adapter_digest=result.adapter_digest,
+                padding=result.padding,
+            ),
+            "lineage": lineage.model_copy(update={"base_digest": result.base_digest}) if lineage is not None else None,
+            "metrics": FineTuneMetrics(baseline_wer=result.baseline_wer, wer=result.wer),
+            "usage": Usage(
+                training_seconds=result.training_seconds,
+                gpu_seconds=result.gpu_seconds,
+                audio_seconds_per_second=result.audio_seconds_per_second,
+            ),
+            "progress": ProgressStatus(stage="Finished", percent=100, step=result.steps, epoch=result.epochs),
+            "job_name": job_name,
+        }
+    )
+
+
+def _take_progress(status: FineTuneStatus, observed: ObservedFineTune) -> FineTuneStatus:
+    """Takes over progress that says something new, at most once in progress_seconds."""
+    progress, before = observed.progress, status.progress
+    if progress is None:
+        return status
+    fresh = ProgressStatus(
+        stage=progress.stage,
+        percent=progress.percent,
+        step=progress.step,
+        total_steps=progress.total_steps,
+        epoch=progress.epoch,
+        estimated_remaining_seconds=progress.estimated_remaining_seconds,
+        metrics=[ProgressMetric(name=one.name, value=one.value) for one in progress.metrics],
+        last_updated_time=format_time(observed.now),
+    )
+    if before is not None and before.last_updated_time is not None:
+        same = fresh.model_copy(update={"last_updated_time": before.last_updated_time}) == before
+        pause = timedelta(seconds=observed.surroundings.progress_seconds)
+        if same or observed.now - parse_time(before.last_updated_time) < pause:
+            return status
+    return status.model_copy(update={"progress": fresh})
+
+
+def _describe_trained(status: FineTuneStatus) -> Standing:
+    message = f"{status.model_id} is in the store"
+    if status.metrics is not None:
+        message = (
+            f"{status.model_id}: word error rate {status.metrics.wer} on the validation split, "
+            f"{status.metrics.baseline_wer} before"
+        )
+    return Standing("True", "Succeeded", TRAINED, message)

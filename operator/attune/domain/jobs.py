@@ -1,0 +1,404 @@
+"""What a Job and its pods mean: the part of a decision that Dataset, FineTune and Evaluation share."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final, Literal, assert_never
+
+from pydantic import ValidationError
+
+from attune.api.meta import Condition, PodResources, Resource, Status
+from attune.contract.exitcode import ExitCode
+from attune.contract.job import JobSpec, Owner, Recipe
+from attune.contract.result import Failure, Result, Summary
+from attune.domain.actions import DeleteJob, EnsureJob, JobAction, Plan
+from attune.domain.conditions import State, decide_conditions
+from attune.domain.events import decide_events
+from attune.domain.names import build_job_name, fingerprint, is_same_run
+from attune.domain.times import format_time
+
+SUSPENDED: Final = "Suspended"
+STARTING: Final = "Starting"
+RETRYING: Final = "Retrying"
+SECRET_NOT_FOUND: Final = "SecretNotFound"  # noqa: S105 (a reason, no secret)
+SECRET_KEY_MISSING: Final = "SecretKeyMissing"  # noqa: S105
+IMAGE_PULL_FAILED: Final = "ImagePullFailed"
+UNSCHEDULABLE: Final = "Unschedulable"
+OUT_OF_MEMORY: Final = ExitCode.OUT_OF_MEMORY.reason
+RESULT_UNREADABLE: Final = "ResultUnreadable"
+RESULT_LOST: Final = "ResultLost"
+
+KILLED: Final = 137  # 128 + SIGKILL
+
+_PULL_REASONS: Final = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
+)
+_MISSING_SECRET: Final = re.compile(r'secrets? "([^"]+)" not found')
+_MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
+# What the store or hub may answer otherwise later, without any change of the resource.
+_RETRIED: Final = frozenset({ExitCode.ACCESS_DENIED, ExitCode.NOT_FOUND, ExitCode.STORE_UNAVAILABLE})
+
+
+@dataclass(frozen=True)
+class ObservedPod:
+    """A pod of a Job, as far as decisions read it."""
+
+    name: str
+    created: str
+    phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"]
+    ip: str | None = None
+    image: str | None = None
+    waiting_reason: str | None = None
+    waiting_message: str | None = None
+    unschedulable: str | None = None  # the scheduler's message
+    exit_code: int | None = None
+    terminated_reason: str | None = None
+    termination_message: str | None = None
+    disrupted: bool = False
+
+
+@dataclass(frozen=True)
+class ObservedJob:
+    """A Job of the resource at hand, with its pods."""
+
+    name: str
+    suspended: bool = False
+    deleting: bool = False
+    complete: bool = False
+    failed: bool = False
+    failed_reason: str | None = None
+    failed_message: str | None = None
+    finished: datetime | None = None
+    config_present: bool = True  # the ConfigMap with its job.json
+    pods: tuple[ObservedPod, ...] = ()
+
+    @property
+    def newest_pod(self) -> ObservedPod | None:
+        """The pod that was created last."""
+        return max(self.pods, key=lambda pod: (pod.created, pod.name), default=None)
+
+    @property
+    def running_pod(self) -> ObservedPod | None:
+        """The pod that works at the moment."""
+        return next((pod for pod in self.pods if pod.phase == "Running" and pod.exit_code is None), None)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What decisions on Jobs need of the installation."""
+
+    store_secret: str
+    retry_seconds: int
+    progress_seconds: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a resource stands: what its conditions, its phase and its Events say."""
+
+    state: State
+    phase: str
+    reason: str
+    message: str
+    working: bool = False
+    stalled: bool = False
+    # Worth a Warning, though it may yet mend itself.
+    warning: bool = False
+
+    def conditions(
+        self, before: Iterable[Condition], *, terminal: str, generation: int, now: datetime
+    ) -> list[Condition]:
+        """The three conditions that say so."""
+        return decide_conditions(
+            before,
+            terminal=terminal,
+            state=self.state,
+            reason=self.reason,
+            message=self.message[:2048],
+            working=self.working,
+            stalled=self.stalled,
+            generation=generation,
+            now=format_time(now),
+        )
+
+    @property
+    def event_kind(self) -> Literal["Normal", "Warning"]:
+        """How it is announced."""
+        return "Warning" if self.stalled or self.warning else "Normal"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a kind speaks of its work. pending is the terminal condition while nothing is decided yet."""
+
+    pending: State
+    phase: str  # while it runs: Preparing, Running
+    reason: str  # while it runs: Preparing, Training, Evaluating
+    does: str  # "prepares the Dataset"
+    more_memory: str  # what to change when memory ran out
+
+
+@dataclass(frozen=True)
+class Course:
+    """What to do about a Job now, and where that leaves its owner. result is there once the Job has left one."""
+
+    actions: tuple[JobAction, ...]
+    standing: Standing
+    result: Result | None = None
+    look_again_seconds: float | None = None
+
+
+def build_ensure_job(  # noqa: PLR0913 (all of it names the run)
+    owner: Owner,
+    recipe: Recipe,
+    run: str,
+    *,
+    suspended: bool,
+    resources: PodResources | None,
+    source_secrets: tuple[tuple[int, str], ...] = (),
+    termination_grace_seconds: int = 60,
+    placement: tuple[str, ...] = (),
+) -> EnsureJob:
+    """Builds the wish for a Job: its name says which run it is and how it is placed.
+
+    placement: further things that a new Job needs to take effect, and that make no new run.
+    """
+    place = fingerprint(resources, *(f"{index}={secret}" for index, secret in source_secrets), *placement, digits=5)
+    return EnsureJob(
+        name=build_job_name(owner.name, recipe.recipe, run, place),
+        spec=JobSpec(owner=owner, result_key=build_key("results", owner, run) + ".json", recipe=recipe),
+        suspended=suspended,
+        resources=resources,
+        source_secrets=source_secrets,
+        termination_grace_seconds=termination_grace_seconds,
+    )
+
+
+def build_key(area: str, owner: Owner, run: str) -> str:
+    """Builds a key (prefix) in the namespace's store: never another namespace's, never another resource's.
+
+    build_key("results", <Dataset calls in ns team>, "1a2b") -> "results/team/dataset/calls/1a2b".
+    """
+    return f"{area}/{owner.namespace}/{owner.kind.lower()}/{owner.name}/{run}"
+
+
+def build_plan(
+    resource: Resource,
+    status: Status,
+    standing: Standing,
+    now: datetime,
+    actions: tuple[JobAction, ...],
+    look_again_seconds: float | None = None,
+) -> Plan:
+    """Builds the plan of a kind that works through a Job: its actions, what is announced, and the whole status."""
+    before, terminal = resource.status.conditions, resource.TERMINAL_CONDITION
+    generation = resource.metadata.generation
+    after = standing.conditions(before, terminal=terminal, generation=generation, now=now)
+    events = decide_events(before, after, terminal=terminal, kind=standing.event_kind)
+    return Plan(
+        actions=(*actions, *events),
+        status=status.model_copy(
+            update={"observed_generation": generation, "phase": standing.phase, "conditions": after}
+        ),
+        look_again_seconds=look_again_seconds,
+    )
+
+
+def decide_course(
+    wanted: EnsureJob,
+    jobs: tuple[ObservedJob, ...],
+    *,
+    words: Wording,
+    now: datetime,
+    surroundings: Surroundings,
+) -> Course:
+    """Decides what to do about the wanted Job; Jobs of earlier specs are deleted first."""
+    outdated = decide_outdated(wanted.name, jobs)
+    job = next((one for one in jobs if one.name == wanted.name), None)
+    course = _decide_wanted(wanted, job, words, now, surroundings)
+    return replace(course, actions=(*outdated, *course.actions))
+
+
+def decide_outdated(
+    wanted: str, jobs: Iterable[ObservedJob], *, keep_same_run: bool = False
+) -> tuple[DeleteJob, ...]:
+    """Chooses the Jobs that are no longer wanted. keep_same_run: those whose result is in the status stay."""
+    return tuple(
+        DeleteJob(one.name)
+        for one in jobs
+        if one.name != wanted and not one.deleting and not (keep_same_run and is_same_run(one.name, wanted))
+    )
+
+
+def _decide_wanted(  # noqa: PLR0911 (one return for each state of a Job)
+    wanted: EnsureJob, job: ObservedJob | None, words: Wording, now: datetime, surroundings: Surroundings
+) -> Course:
+    def standing(reason: str, message: str, phase: str | None = None, *, warning: bool = False) -> Standing:
+        return Standing(
+            words.pending, phase or words.phase, reason, message, working=reason != SUSPENDED, warning=warning
+        )
+
+    starting = standing(STARTING, f"Job {wanted.name} {words.does}; its pod starts", "Pending")
+    held = standing(SUSPENDED, "spec.suspend is true; set it to false to go on", SUSPENDED)
+    if job is None:
+        return Course((), held) if wanted.suspended else Course((wanted,), starting)
+    if job.deleting:
+        return Course((), held if wanted.suspended else starting, look_again_seconds=2)
+    if job.failed:
+        return _decide_failed(wanted, job, words, now, surroundings)
+    if job.complete:
+        return _decide_complete(wanted, job, words, now)
+    actions = (wanted,) if job.suspended != wanted.suspended or not job.config_present else ()
+    if wanted.suspended:
+        return Course(actions, held)
+    if job.suspended:
+        return Course(actions, starting)
+    pod = job.newest_pod
+    if pod is None:
+        return Course(actions, starting)
+    if job.running_pod is not None:
+        return Course(actions, standing(words.reason, f"Job {wanted.name} {words.does}"))
+    if pod.phase == "Succeeded":
+        return Course(actions, standing(words.reason, f"Job {wanted.name} {words.does}; it is about to end"))
+    if pod.phase == "Failed":
+        reason, message, _ = describe_failure(job, words)
+        if pod.disrupted:
+            message = "its pod was evicted"
+        return Course(actions, standing(RETRYING, f"{reason}: {message}; a new pod is started", warning=True))
+    blocked = _describe_waiting(pod, surroundings)
+    if blocked is None:
+        return Course(actions, starting)
+    reason, message = blocked
+    return Course(actions, standing(reason, message, "Pending", warning=True))
+
+
+def _decide_failed(
+    wanted: EnsureJob, job: ObservedJob, words: Wording, now: datetime, surroundings: Surroundings
+) -> Course:
+    reason, message, code = describe_failure(job, words)
+    failed = Standing("False", "Failed", reason, message, stalled=True)
+    if code not in _RETRIED or wanted.suspended:
+        return Course((), failed)
+    minutes = max(1, round(surroundings.retry_seconds / 60))
+    failed = replace(
+        failed,
+        message=f"{message} (tried again every {minutes} min; at once after kubectl delete job {job.name})",
+    )
+    passed = (now - job.finished).total_seconds() if job.finished is not None else float(surroundings.retry_seconds)
+    left = surroundings.retry_seconds - passed
+    if left > 0:
+        return Course((), failed, look_again_seconds=left)
+    return Course((DeleteJob(job.name),), failed, look_again_seconds=1)
+
+
+def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording, now: datetime) -> Course:
+    """Reads the result; where its pod has gone before it was read, the Job runs again and says it again."""
+    pod = next((one for one in job.pods if one.phase == "Succeeded"), None)
+    if pod is None or pod.termination_message is None:
+        lost = Standing(
+            words.pending,
+            "Pending",
+            RESULT_LOST,
+            f"the pod of Job {job.name} went before its result was read; the Job runs again, and finds it in the store",
+            working=True,
+            warning=True,
+        )
+        return Course((DeleteJob(job.name),), lost, look_again_seconds=1)
+    summary = parse_summary(pod.termination_message)
+    if summary is None or summary.result is None or summary.result.recipe != wanted.spec.recipe.recipe:
+        unreadable = Standing(
+            "False",
+            "Failed",
+            RESULT_UNREADABLE,
+            f"the pod of Job {job.name} ended well, but left no result that this operator understands; "
+            "use operator and trainer images of one release, then delete the Job",
+            stalled=True,
+        )
+        return Course((), unreadable)
+    done = Standing("True", "Succeeded", "Succeeded", f"Job {job.name} is done")
+    return Course((), done, result=summary.result)
+
+
+def describe_failure(job: ObservedJob, words: Wording) -> tuple[str, str, ExitCode | None]:
+    """Gives reason, message and exit code of a Job's latest failure: the recipe's own words where it left some."""
+    ended = [pod for pod in job.pods if pod.exit_code not in (None, 0)]
+    pod = max(ended, key=lambda one: (one.created, one.name), default=None)
+    if pod is None or pod.exit_code is None:
+        reason = job.failed_reason or "JobFailed"
+        return reason, job.failed_message or f"Job {job.name} failed and its pods are gone", None
+    code = ExitCode(pod.exit_code) if pod.exit_code in set(ExitCode) else None
+    failure = _parse_failure(pod.termination_message)
+    if pod.terminated_reason == "OOMKilled" or (pod.exit_code == KILLED and failure is None):
+        message = f"the container was killed because it needed more memory than its limit; {words.more_memory}"
+        return OUT_OF_MEMORY, message, ExitCode.OUT_OF_MEMORY
+    if failure is not None:
+        return failure.reason, failure.message, code
+    reason = code.reason if code is not None else "JobFailed"
+    return reason, f"the container ended with code {pod.exit_code}; see kubectl logs {pod.name}", code
+
+
+def parse_summary(message: str) -> Summary | None:
+    """Reads a termination message; None when it is no Summary of this contract."""
+    try:
+        return Summary.model_validate_json(message)
+    except ValidationError:
+        return None
+
+
+def _parse_failure(message: str | None) -> Failure | None:
+    summary = parse_summary(message) if message else None
+    return summary.failure if summary is not None else None
+
+
+def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str, str] | None:
+    """Says why a pod does not start, where somebody has to do something; None while it is on its way."""
+    if pod.unschedulable:
+        return UNSCHEDULABLE, f"no node fits the pod: {pod.unschedulable}"
+    if pod.waiting_reason in _PULL_REASONS:
+        # The kubelet's own message changes from one attempt to the next; a status that follows it never rests.
+        return (
+            IMAGE_PULL_FAILED,
+            f"image {pod.image} cannot be pulled: check that it exists and that the node may pull it "
+            f"(kubectl describe pod {pod.name} has the registry's answer); it is tried again by itself",
+        )
+    if pod.waiting_reason != "CreateContainerConfigError":
+        return None
+    text = pod.waiting_message or ""
+    key = _MISSING_KEY.search(text)
+    if key is not None:
+        secret = key.group(2).rpartition("/")[2]
+        return SECRET_KEY_MISSING, f"Secret {secret} has no key {key.group(1)}; add it, and the Job goes on by itself"
+    found = _MISSING_SECRET.search(text)
+    if found is not None:
+        secret = found.group(1)
+        what = "the store's" if secret == surroundings.store_secret else "a source's"
+        return (
+            SECRET_NOT_FOUND,
+            f"Secret {secret} ({what} endpoint and credentials) does not exist in this namespace; create it, and the "
+            "Job goes on by itself",
+        )
+    return "ContainerConfigError", f"the container cannot be set up: {text or 'the kubelet gives no reason'}"
+
+
+Availability = Literal["Ready", "NotReady", "Failed", "NotFound"]
+
+
+def describe_availability(kind: str, name: str, availability: Availability) -> tuple[str, str] | None:
+    """Gives reason and message for a referent that cannot be used; None when it can."""
+    done = "ready" if kind == "Dataset" else "finished"
+    match availability:
+        case "Ready":
+            return None
+        case "NotReady":
+            return f"{kind}Not{done.capitalize()}", f"{kind} {name} is not {done} yet; waiting for it"
+        case "Failed":
+            return (
+                f"{kind}Failed",
+                f"{kind} {name} has failed; mend it (kubectl describe {kind.lower()} {name}), and this goes on by "
+                "itself",
+            )
+        case "NotFound":
+            return f"{kind}NotFound", f"there is no {kind} {name} in this namespace; create it or correct the reference"
+        case _:
+            assert_never(availability)

@@ -1,0 +1,204 @@
+"""Reads everything that a decision on a Dataset, FineTune or Evaluation needs, once."""
+
+from datetime import datetime
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from attune.adapters.cluster import CONFIG_MAP, CUSTOM, JOB, POD, Cluster, Object, is_owned_by
+from attune.adapters.progress import read_progress
+from attune.api import Dataset, Evaluation, FineTune
+from attune.api.meta import Condition, Resource
+from attune.contract.job import ModelInput
+from attune.domain.conditions import STALLED
+from attune.domain.dataset import ObservedDataset
+from attune.domain.evaluation import ObservedEvaluation, ObservedFineTuneRef
+from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune
+from attune.domain.jobs import Availability, ObservedJob, ObservedPod, Surroundings
+from attune.domain.times import parse_time
+from attune.render.job import CONTAINER
+from attune.render.names import LABEL_OWNER_UID
+from attune.settings import Settings
+
+_R = TypeVar("_R", bound=Resource)
+
+
+def observe_dataset(cluster: Cluster, settings: Settings, dataset: Dataset, now: datetime) -> ObservedDataset:
+    """Reads a Dataset's Jobs."""
+    return ObservedDataset(dataset, observe_jobs(cluster, dataset), now, describe_surroundings(settings))
+
+
+def observe_finetune(cluster: Cluster, settings: Settings, tune: FineTune, now: datetime) -> ObservedFineTune:
+    """Reads a FineTune's Datasets, its Jobs, and the progress of the pod that trains."""
+    namespace = tune.metadata.namespace
+    jobs = observe_jobs(cluster, tune)
+    running = next((pod for job in jobs if (pod := job.running_pod) is not None), None)
+    progress = read_progress(running.ip) if running is not None and running.ip is not None else None
+    return ObservedFineTune(
+        resource=tune,
+        datasets=tuple(observe_dataset_ref(cluster, namespace, one.name) for one in tune.spec.datasets),
+        jobs=jobs,
+        now=now,
+        surroundings=describe_surroundings(settings),
+        progress=progress,
+    )
+
+
+def observe_evaluation(
+    cluster: Cluster, settings: Settings, evaluation: Evaluation, now: datetime
+) -> ObservedEvaluation:
+    """Reads an Evaluation's Dataset, the FineTunes of its candidates, and its Jobs."""
+    namespace, spec = evaluation.metadata.namespace, evaluation.spec
+    # dict.fromkeys: each once, in the order of the spec.
+    tunes = dict.fromkeys(one.fine_tune_ref.name for one in spec.candidates if one.fine_tune_ref is not None)
+    return ObservedEvaluation(
+        resource=evaluation,
+        dataset=observe_dataset_ref(cluster, namespace, spec.dataset_ref.name),
+        fine_tunes=tuple(observe_fine_tune_ref(cluster, namespace, name) for name in tunes),
+        jobs=observe_jobs(cluster, evaluation),
+        now=now,
+        surroundings=describe_surroundings(settings),
+    )
+
+
+def describe_surroundings(settings: Settings) -> Surroundings:
+    """What decisions on Jobs need of the settings."""
+    return Surroundings(
+        store_secret=settings.store_secret,
+        retry_seconds=settings.retry_seconds,
+        progress_seconds=settings.progress_seconds,
+    )
+
+
+def observe_dataset_ref(cluster: Cluster, namespace: str, name: str) -> ObservedDatasetRef:
+    """Reads a Dataset that another resource names."""
+    dataset = read_resource(cluster, Dataset, namespace, name)
+    if dataset is None:
+        return ObservedDatasetRef(name, "NotFound")
+    availability = judge_availability(dataset)
+    if availability != "Ready" or dataset.status.revision is None or dataset.status.uri is None:
+        return ObservedDatasetRef(name, "Failed" if availability == "Failed" else "NotReady")
+    return ObservedDatasetRef(name, "Ready", dataset.status.revision, dataset.status.uri)
+
+
+def observe_fine_tune_ref(cluster: Cluster, namespace: str, name: str) -> ObservedFineTuneRef:
+    """Reads a FineTune that another resource names."""
+    tune = read_resource(cluster, FineTune, namespace, name)
+    if tune is None:
+        return ObservedFineTuneRef(name, "NotFound")
+    availability, model = judge_availability(tune), tune.status.model
+    if availability != "Ready" or model is None:
+        return ObservedFineTuneRef(name, "Failed" if availability == "Failed" else "NotReady")
+    return ObservedFineTuneRef(
+        name, "Ready", ModelInput(uri=model.uri, digest=model.digest, model_id=tune.status.model_id)
+    )
+
+
+def read_resource(cluster: Cluster, model: type[_R], namespace: str, name: str) -> _R | None:
+    """Reads a custom resource; None when it is not there, is being deleted, or cannot be understood."""
+    body = cluster.get(CUSTOM[model.KIND], namespace, name)
+    if body is None or body["metadata"].get("deletionTimestamp"):
+        return None
+    try:
+        return parse_resource(model, body)
+    except ValidationError:
+        return None
+
+
+def parse_resource(model: type[_R], body: Object) -> _R:
+    """Makes a model of an object; a status that this release cannot read counts as none.
+
+    Raises:
+        ValidationError: when the spec does not fit.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        if all(one["loc"][:1] == ("status",) for one in error.errors()):
+            return model.model_validate({**body, "status": {}})
+        raise
+
+
+def judge_availability(resource: Resource) -> Availability:
+    """Tells whether a resource can be built on. What its conditions say of an older spec does not count."""
+    generation = resource.metadata.generation
+
+    def find(kind: str) -> Condition | None:
+        return next((one for one in resource.status.conditions if one.type == kind), None)
+
+    terminal, stalled = find(resource.TERMINAL_CONDITION), find(STALLED)
+    if terminal is None or stalled is None or terminal.observed_generation < generation:
+        return "NotReady"
+    if terminal.status == "True":
+        return "Ready"
+    return "Failed" if stalled.status == "True" else "NotReady"
+
+
+def observe_jobs(cluster: Cluster, resource: Resource) -> tuple[ObservedJob, ...]:
+    """Reads the Jobs that belong to a resource, each with its pods; both by owner uid, never by name alone."""
+    namespace, uid = resource.metadata.namespace, resource.metadata.uid
+    labels = {LABEL_OWNER_UID: uid}
+    bodies = [body for body in cluster.list(JOB, namespace, labels) if is_owned_by(body, uid)]
+    if not bodies:
+        return ()
+    pods = cluster.list(POD, namespace, labels)
+    return tuple(
+        observe_job(body, pods, config_present=_has_config(cluster, body, uid))
+        for body in sorted(bodies, key=lambda one: str(one["metadata"]["name"]))
+    )
+
+
+def _has_config(cluster: Cluster, job: Object, uid: str) -> bool:
+    """Tells whether a Job that may still start a pod has its job.json."""
+    if _find_condition(job, "Complete") or _find_condition(job, "Failed"):
+        return True
+    config = cluster.get(CONFIG_MAP, job["metadata"]["namespace"], job["metadata"]["name"])
+    return config is not None and is_owned_by(config, uid)
+
+
+def observe_job(body: Object, pods: list[Object], *, config_present: bool = True) -> ObservedJob:
+    """Makes an observation of a Job and of those of the pods that it controls."""
+    metadata = body["metadata"]
+    complete, failed = _find_condition(body, "Complete"), _find_condition(body, "Failed")
+    ended = complete or failed
+    return ObservedJob(
+        name=metadata["name"],
+        suspended=bool(body["spec"].get("suspend")),
+        deleting=metadata.get("deletionTimestamp") is not None,
+        complete=complete is not None,
+        failed=failed is not None,
+        failed_reason=failed.get("reason") if failed else None,
+        failed_message=failed.get("message") if failed else None,
+        finished=parse_time(ended["lastTransitionTime"]) if ended else None,
+        config_present=config_present,
+        pods=tuple(observe_pod(pod) for pod in pods if is_owned_by(pod, metadata["uid"])),
+    )
+
+
+def observe_pod(body: Object) -> ObservedPod:
+    """Makes an observation of a Job's pod."""
+    metadata, status = body["metadata"], body.get("status") or {}
+    container = next((one for one in status.get("containerStatuses") or [] if one.get("name") == CONTAINER), {})
+    state = container.get("state") or {}
+    terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
+    scheduled = _find_condition(body, "PodScheduled", "False")
+    image = next((one.get("image") for one in body["spec"]["containers"] if one.get("name") == CONTAINER), None)
+    return ObservedPod(
+        name=metadata["name"],
+        created=metadata["creationTimestamp"],
+        phase=status.get("phase") or "Unknown",
+        ip=status.get("podIP"),
+        image=image,
+        waiting_reason=waiting.get("reason"),
+        waiting_message=waiting.get("message"),
+        unschedulable=scheduled.get("message") if scheduled and scheduled.get("reason") == "Unschedulable" else None,
+        exit_code=terminated.get("exitCode"),
+        terminated_reason=terminated.get("reason"),
+        termination_message=terminated.get("message"),
+        disrupted=_find_condition(body, "DisruptionTarget") is not None,
+    )
+
+
+def _find_condition(body: Object, kind: str, status: str = "True") -> dict[str, Any] | None:
+    conditions = (body.get("status") or {}).get("conditions") or []
+    return next((one for one in conditions if one.get("type") == kind and one.get("status") == status), None)
