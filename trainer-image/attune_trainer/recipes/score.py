@@ -73,11 +73,12 @@ async def _replay(
     limits = httpx.Limits(max_connections=_MAX_CONNECTIONS)
     # The arms are in the cluster: proxies that the environment names are for the world outside.
     async with httpx.AsyncClient(limits=limits, trust_env=False) as client:
+        spoken = language.partition("-")[0].lower()
         replay = Replay(
             utterances=golden,
             arms=(
-                Arm(Track.STABLE, recipe.stable_url.rstrip("/"), recipe.stable_model_id, client),
-                Arm(Track.CANARY, recipe.canary_url.rstrip("/"), recipe.canary_model_id, client),
+                Arm(Track.STABLE, recipe.stable_url.rstrip("/"), recipe.stable_model_id, client, spoken),
+                Arm(Track.CANARY, recipe.canary_url.rstrip("/"), recipe.canary_model_id, client, spoken),
             ),
             ledger=ledger,
             count_errors=lambda reference, hypothesis: count_errors(reference, normalise(hypothesis, language)).errors,

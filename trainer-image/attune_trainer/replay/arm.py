@@ -28,7 +28,7 @@ class WrongModelError(Exception):
     """Another model than the arm's answered: a pod of an earlier rollout is still there, or one of a later one is."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arm:
     """Where an arm listens, and which model it is to be.
 
@@ -37,6 +37,8 @@ class Arm:
         url: http://host:port of the arm's own Service.
         model_id: answers of other models are refused; None takes any.
         client: shared by the arms; its pool bounds the connections.
+        language: ISO 639-1 code that is sent with each utterance; dropped when the arm's model does not know it, which
+            then hears as well as it can, as it would for an evaluation.
         first_pause_seconds: before the first retry; each further one waits twice as long.
     """
 
@@ -44,6 +46,7 @@ class Arm:
     url: str
     model_id: str | None
     client: httpx.AsyncClient
+    language: str | None = None
     first_pause_seconds: float = _FIRST_PAUSE_SECONDS
 
     async def is_ready(self) -> bool:
@@ -72,11 +75,14 @@ class Arm:
         problem = ""
         for attempt in range(_ATTEMPTS):
             pause = self.first_pause_seconds * 2**attempt
+            fields = {"model": _MODEL_NAME, "response_format": "json", "temperature": "0"}
+            if self.language is not None:
+                fields["language"] = self.language
             try:
                 response = await self.client.post(
                     f"{self.url}/v1/audio/transcriptions",
                     files={"file": (name, audio, "audio/flac")},
-                    data={"model": _MODEL_NAME, "response_format": "json", "temperature": "0"},
+                    data=fields,
                     timeout=_TIMEOUT,
                 )
             except httpx.HTTPError as error:
@@ -85,6 +91,10 @@ class Arm:
                 if response.status_code == httpx.codes.OK:
                     return self._read_text(response)
                 problem = f"status {response.status_code}"
+                if self.language is not None and _refuses_language(response):
+                    _log.warning("the model does not know the language", extra={"track": self.track.value})
+                    self.language = None
+                    continue
                 if response.status_code != httpx.codes.TOO_MANY_REQUESTS and not response.is_server_error:
                     break
                 pause = max(pause, _retry_after_seconds(response))
@@ -105,6 +115,15 @@ class Arm:
 
     def _is_right_model(self, response: httpx.Response) -> bool:
         return self.model_id is None or response.headers.get(MODEL_ID_HEADER) == self.model_id
+
+
+def _refuses_language(response: httpx.Response) -> bool:
+    if response.status_code != httpx.codes.BAD_REQUEST:
+        return False
+    try:
+        return bool(response.json()["error"]["param"] == "language")
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _retry_after_seconds(response: httpx.Response) -> float:
