@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from attune.contract.environment import (
     WORK_DIRECTORY_VARIABLE,
 )
 from attune.contract.job import JobSpec
-from attune.contract.result import Failure, Result, Summary
+from attune.contract.result import EvaluateResult, Failure, LeaderboardRow, PrepareResult, Result, Summary
 from pydantic import TypeAdapter, ValidationError
 
 from attune_trainer.failures import InvalidInput, NotFound, Terminated
@@ -171,20 +171,20 @@ def read_spec(path: Path) -> JobSpec:
 
 
 def summarise(result: Any | None = None, failure: Failure | None = None) -> Summary:
-    """Builds the Summary that fits in a termination message, leaving out examples first.
+    """Builds the Summary that fits in a termination message, leaving out first what the full Result repeats.
 
     Raises:
-        ValueError: when a result is too long even without examples.
+        ValueError: when it is too long even so.
     """
     summary = Summary(result=result, failure=failure)
-    for examples, characters, listed in ((3, 128, 16), (3, 48, 16), (1, 48, 16), (0, 0, 16), (0, 0, 4), (0, 0, 0)):
+    if _fits(summary):
+        return summary
+    field = "result" if failure is None else "failure"
+    for part in _shorter_forms(result if failure is None else failure):
+        summary = summary.model_copy(update={field: part})
         if _fits(summary):
             return summary
-        summary = _shorten(summary, examples, characters, listed)
-    while failure is not None and not _fits(summary) and summary.failure is not None:
-        shorter = summary.failure.message[: len(summary.failure.message) * 3 // 4]
-        summary = Summary(failure=Failure(reason=failure.reason, message=shorter))
-    summary.to_message()
+    summary.to_message()  # raises
     return summary
 
 
@@ -192,17 +192,38 @@ def _fits(summary: Summary) -> bool:
     return len(summary.model_dump_json(by_alias=True, exclude_none=True).encode()) <= TERMINATION_MESSAGE_BYTES
 
 
-def _shorten(summary: Summary, examples: int, characters: int, listed: int) -> Summary:
-    part = summary.failure if summary.failure is not None else summary.result
-    rejections = getattr(part, "rejections", None)
-    if part is None or rejections is None:
-        return summary
-    fewer = [
-        one.model_copy(update={"examples": [text[:characters] for text in one.examples[:examples]]})
-        for one in rejections[:listed]
-    ]
-    shortened = part.model_copy(update={"rejections": fewer})
-    return summary.model_copy(update={"failure" if summary.failure is not None else "result": shortened})
+def _shorter_forms(part: Any) -> Iterator[Any]:
+    """Yields ever shorter forms of a result or a failure."""
+    if isinstance(part, EvaluateResult):
+        yield from _shorter_leaderboards(part)
+    elif isinstance(part, PrepareResult | Failure):
+        for examples, characters, listed in ((3, 48, 16), (1, 48, 16), (0, 0, 16), (0, 0, 0)):
+            fewer = [
+                one.model_copy(update={"examples": [text[:characters] for text in one.examples[:examples]]})
+                for one in part.rejections[:listed]
+            ]
+            part = part.model_copy(update={"rejections": fewer})
+            yield part
+    if isinstance(part, Failure):
+        # A character takes up to six bytes in JSON.
+        yield part.model_copy(update={"message": part.message[: TERMINATION_MESSAGE_BYTES // 8]})
+
+
+def _shorter_leaderboards(result: EvaluateResult) -> Iterator[EvaluateResult]:
+    """Leaves out what decided nothing: most failed gates, side figures, digests' tails and intervals of the others."""
+    rows = result.leaderboard
+    first = next((row.candidate for row in rows if row.candidate == result.winner), rows[0].candidate)
+    side_figures: dict[str, Any] = dict.fromkeys(("cer", "sentence_accuracy", "real_time_factor"))
+    steps: tuple[Callable[[LeaderboardRow], dict[str, Any]], ...] = (
+        lambda row: {"failed_gates": [text[:64] for text in row.failed_gates[:2]]},
+        lambda row: {} if row.candidate == first else side_figures,
+        lambda _: {"failed_gates": []} | side_figures,
+        lambda row: {} if row.candidate == first else {"model_digest": row.model_digest[:19]},
+        lambda row: {} if row.candidate == first else {"change_low": None, "change_high": None},
+    )
+    for step in steps:
+        rows = [row.model_copy(update=step(row)) for row in rows]
+        yield result.model_copy(update={"leaderboard": rows})
 
 
 def write_termination_message(summary: Summary) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from attune_trainer.scoring.errors import ErrorCounts
 
 REPLICATIONS = 4000
-# So many weights at a time: replications x blocks, 8 bytes each.
-_WEIGHTS_AT_ONCE = 4_000_000
+# So many drawn blocks at a time: replications x blocks, 8 bytes each, once for the draw and once for what is summed.
+_DRAWN_AT_ONCE = 2_000_000
 
 _Floats = NDArray[np.float64]
 
@@ -104,16 +104,16 @@ def _draw(errors: _Floats, words: _Floats, seed: int) -> _Floats:
     """Draws blocks with replacement; gives rates (replications x systems)."""
     generator = np.random.default_rng(seed)
     count = len(words)
-    shares = np.full(count, 1.0 / count)
     rates = []
     left = REPLICATIONS
     while left > 0:
-        size = min(left, max(1, _WEIGHTS_AT_ONCE // count))
-        weights = generator.multinomial(count, shares, size=size).astype(np.float64)
-        drawn_words = weights @ words
+        size = min(left, max(1, _DRAWN_AT_ONCE // count))
+        drawn = generator.integers(0, count, size=(size, count))
+        drawn_words = words[drawn].sum(axis=1)
+        drawn_errors = np.stack([of_system[drawn].sum(axis=1) for of_system in errors], axis=1)
         # A draw of blocks without words has no rate; it is as good as not drawn.
         usable = drawn_words > 0
-        rates.append((weights[usable] @ errors.T) / drawn_words[usable, None])
+        rates.append(drawn_errors[usable] / drawn_words[usable, None])
         left -= size
     return np.concatenate(rates)
 
