@@ -104,7 +104,8 @@ class Recognizer:
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
-        return self._whisper.model.device
+        device: torch.device = self._whisper.model.device
+        return device
 
     @property
     def _vocabulary(self) -> int:

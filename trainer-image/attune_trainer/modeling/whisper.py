@@ -20,8 +20,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.logging import disable_progress_bar
 
 from attune_trainer.failures import InvalidInput, UnsupportedModel
+
+# Bars drawn over themselves are noise in a Job's log.
+disable_progress_bar()
 
 SAMPLE_RATE: Final = 16000  # Hz
 ARCHITECTURES: Final = ("WhisperForConditionalGeneration",)
@@ -29,12 +33,10 @@ ARCHITECTURES: Final = ("WhisperForConditionalGeneration",)
 LINEAR_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-class SlicedWhisperEncoder(WhisperEncoder):
+class SlicedWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
     """Whisper's encoder, cut to the length of its input: positions beyond it are neither computed nor attended to."""
 
-    def forward(  # type: ignore[override]
-        self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutput:
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """Encodes log-mel features of shape (batch, mels, frames), frames even and at most the window's.
 
         The result's last_hidden_state has shape (batch, frames / 2, d_model). A whole window gives what the original
@@ -53,15 +55,6 @@ class SlicedWhisperEncoder(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden))
 
 
-class SlicedWhisper(WhisperForConditionalGeneration):
-    """A Whisper that accepts audio of any length up to its window; same weights, same names."""
-
-    def __init__(self, config: WhisperConfig) -> None:
-        super().__init__(config)
-        # The encoder has no state of its own beside what WhisperEncoder sets up: only its forward differs.
-        self.model.encoder.__class__ = SlicedWhisperEncoder
-
-
 @dataclass(frozen=True)
 class Whisper:
     """A loaded Whisper with everything that belongs to it.
@@ -72,7 +65,7 @@ class Whisper:
         extractor: samples to log-mel features.
     """
 
-    model: SlicedWhisper
+    model: WhisperForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     extractor: WhisperFeatureExtractor
 
@@ -89,7 +82,7 @@ class Whisper:
     @property
     def window_seconds(self) -> float:
         """The longest audio that one pass takes: 30 for OpenAI's models."""
-        return 2 * self.config.max_source_positions * self.extractor.hop_length / SAMPLE_RATE
+        return float(2 * self.config.max_source_positions * self.extractor.hop_length / SAMPLE_RATE)
 
     @property
     def is_multilingual(self) -> bool:
@@ -195,7 +188,7 @@ def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.
     """
     check_architecture(folder)
     try:
-        model, report = SlicedWhisper.from_pretrained(
+        model, report = WhisperForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -215,8 +208,8 @@ def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.
     if missing:
         message = f"the weights of the model lack {len(missing)} tensors, the first is {missing[0]}; upload it again"
         raise InvalidInput("InvalidModelFile", message)
-    # The name is what other programs load the saved folder by.
-    model.config.architectures = list(ARCHITECTURES)
+    # The encoders differ in their forward alone; the outer class stays transformers' own, whose name is saved with it.
+    model.model.encoder.__class__ = SlicedWhisperEncoder
     return Whisper(model=model.to(device).eval(), tokenizer=tokenizer, extractor=_load_extractor(folder, model.config))
 
 

@@ -1,0 +1,1 @@
+"""Training: what happens inside the processes that DeepSpeed's launcher starts, and how they are started."""

@@ -1,0 +1,132 @@
+"""Checkpoints: complete and unharmed, or not used."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from attune_trainer.failures import RecipeFailure
+from attune_trainer.store import Store, digest_file
+
+_log = logging.getLogger(__name__)
+
+STATE_FILE: Final = "state.json"
+SEAL_FILE: Final = "seal.json"
+BEST_FILE: Final = "best.safetensors"
+ENGINE_FOLDER: Final = "engine"
+
+
+class TrainingState(BaseModel):
+    """Where a run stands, beside the weights and the optimiser's state.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: number of the epoch that goes on, from 0.
+        step_in_epoch: steps of it that are done.
+        baseline_wer: of the untuned model; fraction.
+        best_wer: of the best epoch so far; None before the first validation.
+        best_epoch: its number.
+        stale_epochs: epochs since the WER last fell by min_delta, and the WER that it fell to.
+        audio_seconds: trained on so far, without padding.
+        step_seconds: time in optimiser steps so far, over all attempts.
+        training_seconds: the same with validation.
+        stopped_early: whether early stopping has ended the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    baseline_wer: float
+    best_wer: float | None = None
+    best_epoch: int | None = None
+    reference_wer: float | None = None
+    stale_epochs: int = 0
+    audio_seconds: float = 0.0
+    step_seconds: float = 0.0
+    training_seconds: float = 0.0
+    stopped_early: bool = False
+
+
+def seal(folder: Path) -> None:
+    """Writes down the SHA-256 of every file of a checkpoint; without this file it counts as unfinished."""
+    digests = {name: digest_file(folder / name) for name in _files(folder)}
+    (folder / SEAL_FILE).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_sealed(folder: Path, expected_fingerprint: str) -> TrainingState | None:
+    """Gives a checkpoint's state when it is complete, unharmed, and of this very run; None otherwise."""
+    try:
+        digests = json.loads((folder / SEAL_FILE).read_bytes())
+        if set(digests) != set(_files(folder)):
+            _reject(folder, "files are missing or too many")
+            return None
+        if any(digest_file(folder / name) != digest for name, digest in digests.items()):
+            _reject(folder, "a file was damaged")
+            return None
+        state = TrainingState.model_validate_json((folder / STATE_FILE).read_bytes())
+    except (OSError, ValueError, ValidationError, AttributeError) as error:
+        _reject(folder, type(error).__name__)
+        return None
+    if state.fingerprint != expected_fingerprint:
+        _reject(folder, "it belongs to a run with other parameters, data or model")
+        return None
+    return state
+
+
+def folder_name(step: int) -> str:
+    """Names a checkpoint's folder so that names sort by step: step 12 -> "step-00000012"."""
+    return f"step-{step:08d}"
+
+
+def upload(store: Store, folder: Path, prefix: str, keep: int) -> None:
+    """Uploads a checkpoint, its seal last, and removes those that are older than the newest `keep`."""
+    target = f"{prefix.rstrip('/')}/{folder.name}"
+    for name in _files(folder):
+        store.upload_file(folder / name, f"{target}/{name}")
+    store.upload_file(folder / SEAL_FILE, f"{target}/{SEAL_FILE}")
+    for old in _stored_steps(store, prefix)[keep:]:
+        delete_all(store, f"{prefix.rstrip('/')}/{old}/")
+
+
+def delete_all(store: Store, prefix: str) -> None:
+    """Removes every object below a prefix, seals first, so that what is half removed counts as unfinished."""
+    for key in sorted(store.list(prefix), key=lambda key: not key.endswith(f"/{SEAL_FILE}")):
+        store.delete(key)
+
+
+def download_newest(store: Store, prefix: str, directory: Path, expected_fingerprint: str) -> Path | None:
+    """Gives the newest checkpoint that is complete, unharmed and of this very run; None where there is none."""
+    for name in _stored_steps(store, prefix):
+        folder = directory / name
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            store.download_prefix(f"{prefix.rstrip('/')}/{name}/", folder)
+        except RecipeFailure as failure:
+            _log.warning("checkpoint not downloaded", extra={"checkpoint": name, "reason": failure.reason})
+            continue
+        if read_sealed(folder, expected_fingerprint) is not None:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _stored_steps(store: Store, prefix: str) -> list[str]:
+    """Lists names of sealed checkpoints in the store, the newest first."""
+    root = f"{prefix.rstrip('/')}/"
+    tails = (key.removeprefix(root) for key in store.list(root))
+    return sorted((tail.partition("/")[0] for tail in tails if tail.endswith(f"/{SEAL_FILE}")), reverse=True)
+
+
+def _files(folder: Path) -> list[str]:
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != SEAL_FILE)
+
+
+def _reject(folder: Path, why: str) -> None:
+    _log.warning("checkpoint not used", extra={"checkpoint": folder.name, "why": why})

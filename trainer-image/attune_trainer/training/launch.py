@@ -1,0 +1,161 @@
+"""Starts training processes under DeepSpeed's launcher, and makes of their end one outcome."""
+
+import base64
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from attune.contract.exitcode import ExitCode
+
+from attune_trainer.failures import OutOfMemory, RecipeFailure, Terminated
+from attune_trainer.training.events import EventReader
+from attune_trainer.training.settings import TrainingSettings
+
+_log = logging.getLogger(__name__)
+
+_KILLED: Final = frozenset({-signal.SIGKILL, 256 - signal.SIGKILL, 128 + signal.SIGKILL})
+_POLL_SECONDS: Final = 0.2
+_END_SECONDS: Final = 45  # the launcher gives its children 30 s
+
+
+def count_gpus() -> int:
+    """Counts the GPUs that the container was given, without loading CUDA."""
+    return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])  # noqa: PTH208
+
+
+def count_cores() -> int:
+    """Counts the cores that the container may use: its CPU limit, or the cores it may run on; at least 1."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+class TrainingProcesses:
+    """The launcher and its children, from start to end; a context manager that leaves none behind.
+
+    They are started before the settings are known: importing torch takes as long as fetching a small Dataset, and so
+    both happen at once.
+    """
+
+    def __init__(self, directory: Path, processes: int) -> None:
+        """Starts the launcher.
+
+        Args:
+            directory: for settings, pipe and stop file.
+            processes: how many train together, on this node.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._settings = directory / "settings.json"
+        self._settings.unlink(missing_ok=True)
+        self.stop_file = directory / "stop"
+        self.stop_file.unlink(missing_ok=True)
+        pipe = directory / "events"
+        self._events = EventReader(pipe)
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
+        self._launcher = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
+                *("--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--quiet", "--no_local_rank"),
+                *("--module", "attune_trainer.training.worker", str(self._settings), str(pipe)),
+            ],
+            env=_environment(processes),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def begin(self, settings: TrainingSettings) -> None:
+        """Gives the waiting processes their settings."""
+        partial = self._settings.with_suffix(".part")
+        partial.write_text(settings.model_dump_json(), encoding="utf-8")
+        partial.replace(self._settings)
+
+    def follow(self, on_event: Callable[[dict[str, Any]], None], stop_wanted: Callable[[], bool]) -> None:
+        """Passes events on until the processes have ended.
+
+        Args:
+            on_event: told of every event but the last word of a process that failed.
+            stop_wanted: asked several times a second; once it says yes, training saves a checkpoint and ends.
+
+        Raises:
+            Terminated: when training ended because it was asked to.
+            RecipeFailure: when it failed; OutOfMemory also when the kernel killed a process.
+        """
+        last_words: dict[str, dict[str, Any]] = {}
+        ended = False
+        while True:
+            events = list(self._events.poll(0 if ended else _POLL_SECONDS))
+            for event in events:
+                if event["kind"] in {"failed", "stopped"}:
+                    last_words.setdefault(event["kind"], event)
+                elif event["kind"] != "waiting":
+                    on_event(event)
+            if ended and not events:
+                break
+            if stop_wanted():
+                self.stop_file.touch()
+            ended = self._launcher.poll() is not None
+        if "failed" in last_words:
+            failed = last_words["failed"]
+            raise RecipeFailure(ExitCode(failed["code"]), failed["reason"], failed["message"])
+        if "stopped" in last_words:
+            raise Terminated
+        _check_exit_status(self._launcher.returncode)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._launcher.poll() is None:
+            self._launcher.terminate()
+            try:
+                self._launcher.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._launcher.pid, signal.SIGKILL)
+                self._launcher.wait()
+        self._events.close()
+
+
+def _check_exit_status(code: int) -> None:
+    """Explains the end of processes that could not explain it themselves."""
+    if code in _KILLED:
+        raise OutOfMemory(
+            "a training process was killed, most likely for using more memory than its limit; lower "
+            "spec.hyperparameters.maxBatchSeconds or batchSize, or raise the memory in spec.resources.limits"
+        )
+    if code:
+        message = f"training ended with status {code} and said nothing; the Job's log has its output"
+        raise RecipeFailure(ExitCode.INTERNAL_ERROR, "TrainingCrashed", message)
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Gives the launcher's environment: the right accelerator, and as many threads as there are cores for each."""
+    environment = dict(os.environ)
+    # Keys of the store are this process's alone.
+    for name in list(environment):
+        if name.startswith(("ATTUNE_STORE_", "ATTUNE_SOURCE_")):
+            del environment[name]
+    if not count_gpus():
+        environment["DS_ACCELERATOR"] = "cpu"
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

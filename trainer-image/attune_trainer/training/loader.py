@@ -1,0 +1,107 @@
+"""Log-mel features and tokens of the coming batches, made while the current one trains."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import soundfile
+from torch import Tensor
+
+from attune_trainer.failures import InvalidInput
+from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.training.batches import Batch
+from attune_trainer.training.settings import TrainingUtterance
+from attune_trainer.training.transcripts import TokenBatch, TranscriptEncoder
+
+_AHEAD: Final = 4
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one optimiser step of one process works on.
+
+    Attributes:
+        features: log-mel, shape (utterances, mels, frames).
+        tokens: decoder inputs and targets.
+        seconds: audio without padding.
+    """
+
+    features: Tensor
+    tokens: TokenBatch
+    seconds: float
+
+
+class BatchLoader:
+    """Loads batches in a thread of its own, a few ahead, and gives them in order.
+
+    Which batches there are is given from outside; a loader draws nothing, so its thread cannot change a run's course.
+    """
+
+    def __init__(
+        self,
+        whisper: Whisper,
+        encoder: TranscriptEncoder,
+        utterances: Sequence[TrainingUtterance],
+        batches: Sequence[Batch],
+    ) -> None:
+        self._whisper = whisper
+        self._encoder = encoder
+        self._utterances = utterances
+        self._batches = batches
+        self._queue: queue.Queue[TrainingBatch | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        """Yields every batch; an error of the thread is raised here."""
+        for _ in self._batches:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join()
+
+    def _fill(self) -> None:
+        for batch in self._batches:
+            try:
+                item: TrainingBatch | BaseException = self._load(batch)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the training thread is to raise it)
+                item = error
+            while not self._closed.is_set():
+                try:
+                    self._queue.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if self._closed.is_set() or isinstance(item, BaseException):
+                return
+
+    def _load(self, batch: Batch) -> TrainingBatch:
+        members = [self._utterances[index] for index in batch.members]
+        audio = [read_samples(one) for one in members]
+        transcripts = [self._encoder.encode(one.text) for one in members]
+        tokens = self._encoder.batch([ids for ids in transcripts if ids is not None])
+        return TrainingBatch(
+            features=self._whisper.features(audio, batch.bucket),
+            tokens=tokens,
+            seconds=sum(one.seconds for one in members),
+        )
+
+
+def read_samples(utterance: TrainingUtterance):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """Reads an utterance's samples: float32, shape (samples,)."""
+    try:
+        samples, _ = soundfile.read(utterance.audio, dtype="float32")
+    except soundfile.LibsndfileError as error:
+        message = "a file of the prepared Dataset cannot be decoded; prepare the Dataset again"
+        raise InvalidInput("AudioDamaged", message) from error
+    return samples
