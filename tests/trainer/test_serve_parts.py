@@ -139,6 +139,9 @@ class Recorder:
         self._depth = utterances
         self._changed.set()
 
+    def observe_requests(self, accepted: int) -> None:
+        self.accepted = accepted
+
     async def until_waiting(self, utterances: int) -> None:
         while self._depth != utterances:
             self._changed.clear()
@@ -241,6 +244,7 @@ def test_more_than_the_queue_holds_is_refused_with_a_time_to_come_back() -> None
         assert 1 <= full.value.retry_after_seconds <= 60
         with queue.admit(), queue.admit(), queue.admit(), pytest.raises(OverloadedError), queue.admit():
             pass
+        assert recorder.accepted == 0
         with queue.admit():  # places are given back
             held.go.set()
             assert await asyncio.gather(first, second) == ["16000", "16000"]

@@ -33,6 +33,9 @@ class BatchObserver(Protocol):
     def observe_queue(self, utterances: int, audio_seconds: float) -> None:
         """The queue now holds this much."""
 
+    def observe_requests(self, accepted: int) -> None:
+        """So many requests are accepted and not yet answered."""
+
 
 @dataclass(frozen=True)
 class BatchLimits:
@@ -107,10 +110,12 @@ class Batcher:
         if self._requests >= self.limits.max_requests:
             raise OverloadedError(self._retry_after_seconds())
         self._requests += 1
+        self.observer.observe_requests(self._requests)
         try:
             yield
         finally:
             self._requests -= 1
+            self.observer.observe_requests(self._requests)
 
     @contextmanager
     def announce(self) -> Iterator[None]:

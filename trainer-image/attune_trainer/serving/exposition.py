@@ -43,6 +43,7 @@ class ServeMetrics:
         self._factor = histogram(
             "attune_serve_real_time_factor", "Seconds of work for a second of audio, by batch.", _FACTOR_BUCKETS
         )
+        self._accepted = gauge("attune_serve_requests_accepted", "Requests accepted and not yet answered.")
         self._queue_depth = gauge("attune_serve_queue_utterances", "Utterances that wait for a batch.")
         self._queue_seconds = gauge("attune_serve_queue_audio_seconds", "Seconds of audio that wait for a batch.")
         self._audio = counter("attune_serve_audio_seconds", "Seconds of audio transcribed.")
@@ -64,6 +65,10 @@ class ServeMetrics:
         """Records what waits now."""
         self._queue_depth.set(utterances)
         self._queue_seconds.set(audio_seconds)
+
+    def observe_requests(self, accepted: int) -> None:
+        """Records how many requests are accepted and not yet answered."""
+        self._accepted.set(accepted)
 
     def observe_request(self, status: int, seconds: float, error_code: str | None) -> None:
         """Records an answered transcription request; error_code is one of this module's fixed codes, or None."""
