@@ -61,8 +61,11 @@ def divide(items: Sequence[SplitItem], shares: Mapping[Split, float], seed: int)
     whole = _assign_components(items, shares, seed)
     if _misses(whole, shares) <= _NEAR_ENOUGH:
         return whole
-    thinned = _assign_labels_and_sentences(items, shares, seed)
-    return min(whole, thinned, key=lambda division: (len(missing_splits(division, shares)), _misses(division, shares)))
+    ways = [
+        whole,
+        *(_assign_labels_and_sentences(items, shares, seed, generous=generous) for generous in (False, True)),
+    ]
+    return min(ways, key=lambda division: (len(missing_splits(division, shares)), _misses(division, shares)))
 
 
 # Whole labels rarely add up to the shares exactly; within this much nothing is left out for their sake.
@@ -106,7 +109,10 @@ def _assign_components(items: Sequence[SplitItem], shares: Mapping[Split, float]
     return Division(tuple(chosen[name] for _, name in roots))
 
 
-def _assign_labels_and_sentences(items: Sequence[SplitItem], shares: Mapping[Split, float], seed: int) -> Division:
+def _assign_labels_and_sentences(
+    items: Sequence[SplitItem], shares: Mapping[Split, float], seed: int, *, generous: bool
+) -> Division:
+    """Divides labels, then shared sentences; generous gives a split one more sentence than its share has room for."""
     by_label = _fill(Counter(item.label for item in items), shares, seed, len(items))
     copies: dict[str, Counter[Split]] = defaultdict(Counter)
     for item in items:
@@ -118,10 +124,11 @@ def _assign_labels_and_sentences(items: Sequence[SplitItem], shares: Mapping[Spl
     dealt: Counter[Split] = Counter()
     for sentence in sorted(crossing, key=lambda text: _rank(seed, text)):
         counts = crossing[sentence]
+        room = {split: shares.get(split, 0.0) * total - dealt[split] for split in (Split.HOLDOUT, Split.VALIDATION)}
         wanting = [
             split
-            for split in (Split.HOLDOUT, Split.VALIDATION)
-            if counts[split] and dealt[split] < shares.get(split, 0.0) * total
+            for split in room
+            if counts[split] and (room[split] > 0 if generous else counts.total() <= room[split])
         ]
         split = wanting[0] if wanting else max(counts, key=lambda one: (counts[one], one))
         owner[sentence] = split
