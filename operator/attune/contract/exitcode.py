@@ -3,6 +3,9 @@
 from enum import IntEnum, StrEnum
 
 
+_FINDINGS = range(10, 30)
+
+
 class Disposition(StrEnum):
     """What a podFailurePolicy does with an exit code."""
 
@@ -32,7 +35,7 @@ class ExitCode(IntEnum):
     @property
     def disposition(self) -> Disposition:
         """What the Job controller does when a container ends with this code."""
-        if 10 <= self <= 29:
+        if self in _FINDINGS:
             return Disposition.FAIL
         if self is ExitCode.TERMINATED:
             return Disposition.FREE
