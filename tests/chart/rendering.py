@@ -1,0 +1,72 @@
+"""Runs helm and finds things in what it renders."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from devcluster import versions
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "attune"
+RELEASE, NAMESPACE = "attune", "attune-system"
+
+Object = dict[str, Any]
+
+
+class Rendered(list[Object]):
+    """Rendered objects, in order."""
+
+    def kinds(self) -> set[str]:
+        return {obj["kind"] for obj in self}
+
+    def all(self, kind: str) -> list[Object]:
+        return [obj for obj in self if obj["kind"] == kind]
+
+    def one(self, kind: str, name: str | None = None) -> Object:
+        found = [obj for obj in self.all(kind) if name is None or obj["metadata"]["name"] == name]
+        assert len(found) == 1, f"{len(found)} {kind} {name or ''}"
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Helm:
+    """The helm program."""
+
+    program: Path
+
+    def run(self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None) -> str:
+        """Runs helm and gives what it prints.
+
+        Raises:
+            AssertionError: with what it says when it fails.
+        """
+        # A machine's own repositories, plugins and cluster have no say here.
+        environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "KUBECONFIG": "/dev/null"}
+        if kubeconfig is not None:
+            environment["KUBECONFIG"] = str(kubeconfig)
+        done = subprocess.run(
+            [str(self.program), *arguments],
+            input=stdin,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def render(self, values: Object | None = None, *, tests: bool = False) -> Rendered:
+        """Renders the chart with values on top of its own."""
+        skip = () if tests else ("--skip-tests",)
+        text = self.run(
+            "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", "-",
+            "--kube-version", versions.KUBERNETES, *skip,
+            stdin=json.dumps(values or {}),
+        )  # fmt: skip
+        return Rendered(obj for obj in yaml.safe_load_all(text) if obj)
