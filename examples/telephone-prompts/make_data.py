@@ -193,7 +193,7 @@ def fetch_packages(cache: Path) -> tuple[Path, Path]:
 
 def run(command: list[str], folder: Path) -> None:
     """Runs a command, and says its last words when it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)  # noqa: S603
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         message = f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}\n(apt-get update may help)"
         raise SystemExit(message)
@@ -245,7 +245,9 @@ def file_name(name: str) -> str:
     return name.replace("/", "-")
 
 
-def ensure_data(*, clean: bool = False, seed: int = 7, sounds: Path | None = None, transcripts: Path | None = None) -> Path:
+def ensure_data(
+    *, clean: bool = False, seed: int = 7, sounds: Path | None = None, transcripts: Path | None = None
+) -> Path:
     """Returns the folder with the prompts, made on the first call and taken from the cache ever after."""
     cache = cache_folder() / "telephone-prompts"
     given = hashlib.sha256(f"{sounds and sounds.resolve()}".encode()).hexdigest()[:8] if sounds else "debian"

@@ -1,7 +1,7 @@
 """Turns a Whisper model in CTranslate2's format into a transformers checkpoint folder.
 
-Some packages carry Whisper only in CTranslate2's binary format, which can be served but not trained. The import is exact:
-every weight is copied as it is (float16 widened to float32, int8 refused because it has lost what training needs).
+Some packages carry Whisper only in CTranslate2's binary format, which can be served but not trained. The import is
+exact: every weight is copied as it is, float16 widened to float32, and int8 refused, which has lost too much.
 
 The format is described by ``python/ctranslate2/specs/model_spec.py`` of CTranslate2 (binary version 6): little-endian
 numbers, strings as a 16-bit length (with the closing NUL counted) and bytes, variables as name, rank, dimensions, type,
@@ -127,57 +127,75 @@ def build_state(variables: dict[str, np.ndarray[Any, Any]]) -> dict[str, torch.T
 
     ``self_attention/linear_0`` holds q, k, v by rows and ``attention/linear_1`` k, v; Whisper's k has no bias, so
     CTranslate2 stores zeros there, which is checked rather than trusted.
-    """
-    state: dict[str, torch.Tensor] = {}
 
-    def tensor(name: str) -> torch.Tensor:
-        values = variables[name]
+    Raises:
+        CTranslate2FormatError: a variable is missing, quantised, or has a bias where Whisper has none.
+    """
+    try:
+        return _Renaming(variables).run()
+    except KeyError as error:
+        message = f"the model lacks the variable {error.args[0]}, which every Whisper has"
+        raise CTranslate2FormatError(message) from error
+
+
+class _Renaming:
+    """Carries variables over one by one; what it has so far is in ``state``."""
+
+    def __init__(self, variables: dict[str, np.ndarray[Any, Any]]) -> None:
+        self._variables = variables
+        self.state: dict[str, torch.Tensor] = {}
+
+    def run(self) -> dict[str, torch.Tensor]:
+        for side in ("encoder", "decoder"):
+            self.state[f"model.{side}.embed_positions.weight"] = self._tensor(f"{side}/position_encodings/encodings")
+            self._norm(f"{side}/layer_norm", f"model.{side}.layer_norm")
+            for layer in range(count_layers(self._variables, side)):
+                self._layer(f"{side}/layer_{layer}", f"model.{side}.layers.{layer}", crosses=side == "decoder")
+        self._linear("encoder/conv1", "model.encoder.conv1")
+        self._linear("encoder/conv2", "model.encoder.conv2")
+        embeddings = self._tensor("decoder/embeddings/weight")
+        self.state["model.decoder.embed_tokens.weight"] = embeddings
+        self.state["proj_out.weight"] = embeddings
+        return self.state
+
+    def _layer(self, source: str, target: str, *, crosses: bool) -> None:
+        self._stacked(f"{source}/self_attention/linear_0", f"{target}.self_attn", ("q_proj", "k_proj", "v_proj"))
+        self._linear(f"{source}/self_attention/linear_1", f"{target}.self_attn.out_proj")
+        self._norm(f"{source}/self_attention/layer_norm", f"{target}.self_attn_layer_norm")
+        self._linear(f"{source}/ffn/linear_0", f"{target}.fc1")
+        self._linear(f"{source}/ffn/linear_1", f"{target}.fc2")
+        self._norm(f"{source}/ffn/layer_norm", f"{target}.final_layer_norm")
+        if crosses:
+            self._linear(f"{source}/attention/linear_0", f"{target}.encoder_attn.q_proj")
+            self._stacked(f"{source}/attention/linear_1", f"{target}.encoder_attn", ("k_proj", "v_proj"))
+            self._linear(f"{source}/attention/linear_2", f"{target}.encoder_attn.out_proj")
+            self._norm(f"{source}/attention/layer_norm", f"{target}.encoder_attn_layer_norm")
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        values = self._variables[name]
         if values.dtype.kind != "f":
             message = f"{name} is quantised to {values.dtype.name}; import a float16 or float32 model instead"
             raise CTranslate2FormatError(message)
         return torch.from_numpy(values.astype(np.float32))
 
-    def copy(source: str, target: str, kinds: tuple[tuple[str, str], ...]) -> None:
-        for theirs, ours in kinds:
-            state[f"{target}.{ours}"] = tensor(f"{source}/{theirs}")
+    def _linear(self, source: str, target: str) -> None:
+        self.state[f"{target}.weight"] = self._tensor(f"{source}/weight")
+        self.state[f"{target}.bias"] = self._tensor(f"{source}/bias")
 
-    linear = (("weight", "weight"), ("bias", "bias"))
-    norm = (("gamma", "weight"), ("beta", "bias"))
+    def _norm(self, source: str, target: str) -> None:
+        self.state[f"{target}.weight"] = self._tensor(f"{source}/gamma")
+        self.state[f"{target}.bias"] = self._tensor(f"{source}/beta")
 
-    def unstack(source: str, target: str, parts: tuple[str, ...]) -> None:
-        weights = tensor(f"{source}/weight").chunk(len(parts))
-        biases = tensor(f"{source}/bias").chunk(len(parts))
+    def _stacked(self, source: str, target: str, parts: tuple[str, ...]) -> None:
+        weights = self._tensor(f"{source}/weight").chunk(len(parts))
+        biases = self._tensor(f"{source}/bias").chunk(len(parts))
         for part, weight, bias in zip(parts, weights, biases, strict=True):
-            state[f"{target}.{part}.weight"] = weight.clone()
-            if part == "k_proj":
-                if bias.abs().max() > 0:
-                    message = f"{source} has a bias on its keys, which Whisper does not have"
-                    raise CTranslate2FormatError(message)
-            else:
-                state[f"{target}.{part}.bias"] = bias.clone()
-
-    for side in ("encoder", "decoder"):
-        state[f"model.{side}.embed_positions.weight"] = tensor(f"{side}/position_encodings/encodings")
-        copy(f"{side}/layer_norm", f"model.{side}.layer_norm", norm)
-        for layer in range(count_layers(variables, side)):
-            source, target = f"{side}/layer_{layer}", f"model.{side}.layers.{layer}"
-            unstack(f"{source}/self_attention/linear_0", f"{target}.self_attn", ("q_proj", "k_proj", "v_proj"))
-            copy(f"{source}/self_attention/linear_1", f"{target}.self_attn.out_proj", linear)
-            copy(f"{source}/self_attention/layer_norm", f"{target}.self_attn_layer_norm", norm)
-            copy(f"{source}/ffn/linear_0", f"{target}.fc1", linear)
-            copy(f"{source}/ffn/linear_1", f"{target}.fc2", linear)
-            copy(f"{source}/ffn/layer_norm", f"{target}.final_layer_norm", norm)
-            if side == "decoder":
-                copy(f"{source}/attention/linear_0", f"{target}.encoder_attn.q_proj", linear)
-                unstack(f"{source}/attention/linear_1", f"{target}.encoder_attn", ("k_proj", "v_proj"))
-                copy(f"{source}/attention/linear_2", f"{target}.encoder_attn.out_proj", linear)
-                copy(f"{source}/attention/layer_norm", f"{target}.encoder_attn_layer_norm", norm)
-    copy("encoder/conv1", "model.encoder.conv1", linear)
-    copy("encoder/conv2", "model.encoder.conv2", linear)
-    embeddings = tensor("decoder/embeddings/weight")
-    state["model.decoder.embed_tokens.weight"] = embeddings
-    state["proj_out.weight"] = embeddings
-    return state
+            self.state[f"{target}.{part}.weight"] = weight.clone()
+            if part != "k_proj":
+                self.state[f"{target}.{part}.bias"] = bias.clone()
+            elif bias.abs().max() > 0:
+                message = f"{source} has a bias on its keys, which Whisper does not have"
+                raise CTranslate2FormatError(message)
 
 
 def count_layers(variables: dict[str, np.ndarray[Any, Any]], side: str) -> int:
@@ -187,7 +205,7 @@ def count_layers(variables: dict[str, np.ndarray[Any, Any]], side: str) -> int:
 
 
 def build_tokenizer(source: Path) -> WhisperTokenizerFast:
-    """Builds the tokenizer, adding the tokens that only ``vocabulary.txt`` has (the 1,501 timestamps) as special ones."""
+    """Builds the tokenizer; what only ``vocabulary.txt`` has (the 1,501 timestamps) is added as special tokens."""
     tokens = (source / "vocabulary.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     known = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -241,7 +259,9 @@ def import_model(source: Path, target: Path) -> ImportedModel:
     model = WhisperForConditionalGeneration(config)
     loaded = model.load_state_dict(state, strict=False)
     if loaded.missing_keys or loaded.unexpected_keys:
-        message = f"parameters without a value: {loaded.missing_keys}; values without a parameter: {loaded.unexpected_keys}"
+        message = (
+            f"parameters without a value: {loaded.missing_keys}; values without a parameter: {loaded.unexpected_keys}"
+        )
         raise CTranslate2FormatError(message)
     model.generation_config = GenerationConfig(
         alignment_heads=settings["alignment_heads"],
