@@ -195,7 +195,7 @@ def main() -> int:
         settings = Settings.from_environment(os.environ)
     except SettingsError as error:
         configure_logging("INFO")
-        _log.error("settings cannot be used", extra={"error": str(error)})  # noqa: TRY400 (no traceback: it is the user's)
+        _log.error("settings cannot be used", extra={"error": str(error)})
         return 2
     configure_logging(settings.log_level)
 
@@ -207,7 +207,7 @@ def main() -> int:
     except NotLeader:
         return 1
     except AttuneError as error:
-        _log.error("cannot start", extra={"error": str(error)})  # noqa: TRY400
+        _log.error("cannot start", extra={"error": str(error)})
         return 1
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-import time
+from datetime import UTC, datetime
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -60,12 +60,10 @@ class Metrics:
 class JsonFormatter(logging.Formatter):
     """One JSON object a line; what was given as extra becomes fields."""
 
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
         """Renders a record."""
         line: dict[str, object] = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

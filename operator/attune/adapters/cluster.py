@@ -51,9 +51,7 @@ DEPLOYMENT = ResourceType("apps/v1", "Deployment", "deployments")
 LEASE = ResourceType("coordination.k8s.io/v1", "Lease", "leases")
 GATEWAY = ResourceType("gateway.networking.k8s.io/v1", "Gateway", "gateways")
 HTTP_ROUTE = ResourceType("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes")
-CUSTOM: Final = {
-    model.KIND: ResourceType(f"{GROUP}/{VERSION}", model.KIND, model.PLURAL) for model in KINDS
-}
+CUSTOM: Final = {model.KIND: ResourceType(f"{GROUP}/{VERSION}", model.KIND, model.PLURAL) for model in KINDS}
 
 _TYPES: Final = {
     (known.api_version, known.kind): known
@@ -85,18 +83,21 @@ class Cluster:
     the kind is unknown to the API server.
     """
 
-    def __init__(
-        self, client: ApiClient, *, request_seconds: float, fence: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, client: ApiClient, *, request_seconds: float, fence: Callable[[], None] = lambda: None) -> None:
         self._client = client
         self._timeout = request_seconds
         self._fence = fence
 
     @classmethod
     def connect(
-        cls, *, request_seconds: float = 10, workers: int = 4, fence: Callable[[], None] = lambda: None
+        cls,
+        *,
+        request_seconds: float = 10,
+        workers: int = 4,
+        fence: Callable[[], None] = lambda: None,
+        kubeconfig: str | None = None,
     ) -> "Cluster":
-        """Connects with the pod's ServiceAccount, or else with KUBECONFIG.
+        """Connects with the pod's ServiceAccount, or else with a kubeconfig file: this one, or KUBECONFIG's.
 
         Raises:
             Unavailable: when neither is there.
@@ -106,7 +107,7 @@ class Cluster:
             try:
                 config.load_incluster_config(client_configuration=configuration)
             except config.ConfigException:
-                config.load_kube_config(client_configuration=configuration)
+                config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
         except (config.ConfigException, OSError) as error:
             raise Unavailable(f"no cluster: neither in a pod nor with a usable KUBECONFIG ({error})") from error
         configuration.connection_pool_maxsize = workers + 2

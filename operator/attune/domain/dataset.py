@@ -58,16 +58,16 @@ def decide_dataset(observed: ObservedDataset) -> Plan:
     if status.revision is not None and is_same_run(status.job_name, wanted.name):
         actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
         return build_plan(observed.resource, status, _describe_ready(status), observed.now, actions)
-    course = decide_course(
-        wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings
-    )
+    course = decide_course(wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings)
     if isinstance(course.result, PrepareResult):
         status = _take_result(status, course.result, wanted.name)
         return build_plan(observed.resource, status, _describe_ready(status), observed.now, course.actions)
     if status.revision is None:
         # With a revision, job_name is the Job that made it: that is how a later pass knows whether it is current.
         status = status.model_copy(update={"job_name": wanted.name})
-    return build_plan(observed.resource, status, course.standing, observed.now, course.actions, course.look_again_seconds)
+    return build_plan(
+        observed.resource, status, course.standing, observed.now, course.actions, course.look_again_seconds
+    )
 
 
 def build_prepare_job(dataset: Dataset) -> EnsureJob:
@@ -152,4 +152,3 @@ def _describe_ready(status: DatasetStatus) -> Standing:
         reasons = ", ".join(f"{one.count} {one.reason}" for one in quality.rejections)
         message += f"; {quality.rejected} left out" + (f" ({reasons})" if reasons else "")
     return Standing("True", "Ready", PREPARED, message)
-

@@ -9,6 +9,7 @@ from attune.contract.job import DatasetInput, EvaluateCandidate, EvaluateRecipe,
 from attune.contract.measures import Gate
 from attune.contract.result import EvaluateResult
 from attune.domain.actions import EnsureJob, Plan
+from attune.domain.conditions import State
 from attune.domain.finetune import ObservedDatasetRef
 from attune.domain.jobs import (
     SUSPENDED,
@@ -96,7 +97,8 @@ def _find_blocked(observed: ObservedEvaluation) -> Standing | None:
             return Standing(_RUN.pending, SUSPENDED, SUSPENDED, "spec.suspend is true; set it to false to go on")
         reason, message = blocked
         warning = availability != "NotReady"
-        return Standing(_RUN.pending, "Pending", reason, message, working=True, warning=warning)
+        state: State = "False" if warning else _RUN.pending
+        return Standing(state, "Pending", reason, message, working=True, warning=warning)
     return None
 
 

@@ -19,6 +19,7 @@ from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput
 from attune.contract.result import FinetuneResult, Progress
 from attune.contract.training import Checkpointing
 from attune.domain.actions import EnsureJob, Plan
+from attune.domain.conditions import State
 from attune.domain.jobs import (
     SUSPENDED,
     Availability,
@@ -123,9 +124,9 @@ def _decide_inputs(observed: ObservedFineTune) -> Plan:
         blocked = describe_availability("Dataset", dataset.name, dataset.availability)
         if blocked is not None:
             reason, message = blocked
-            waiting = Standing(
-                _RUN.pending, "Pending", reason, message, working=True, warning=dataset.availability != "NotReady"
-            )
+            warning = dataset.availability != "NotReady"
+            state: State = "False" if warning else _RUN.pending
+            waiting = Standing(state, "Pending", reason, message, working=True, warning=warning)
             return build_plan(tune, tune.status, waiting, observed.now, ())
     lineage = Lineage(
         base_uri=tune.spec.base_model.uri,

@@ -149,7 +149,7 @@ class Course:
     look_again_seconds: float | None = None
 
 
-def build_ensure_job(  # noqa: PLR0913 (all of it names the run)
+def build_ensure_job(
     owner: Owner,
     recipe: Recipe,
     run: str,
@@ -220,9 +220,7 @@ def decide_course(
     return replace(course, actions=(*outdated, *course.actions))
 
 
-def decide_outdated(
-    wanted: str, jobs: Iterable[ObservedJob], *, keep_same_run: bool = False
-) -> tuple[DeleteJob, ...]:
+def decide_outdated(wanted: str, jobs: Iterable[ObservedJob], *, keep_same_run: bool = False) -> tuple[DeleteJob, ...]:
     """Chooses the Jobs that are no longer wanted. keep_same_run: those whose result is in the status stay."""
     return tuple(
         DeleteJob(one.name)
@@ -231,16 +229,11 @@ def decide_outdated(
     )
 
 
-def _decide_wanted(  # noqa: PLR0911 (one return for each state of a Job)
+def _decide_wanted(
     wanted: EnsureJob, job: ObservedJob | None, words: Wording, now: datetime, surroundings: Surroundings
 ) -> Course:
-    def standing(reason: str, message: str, phase: str | None = None, *, warning: bool = False) -> Standing:
-        return Standing(
-            words.pending, phase or words.phase, reason, message, working=reason != SUSPENDED, warning=warning
-        )
-
-    starting = standing(STARTING, f"Job {wanted.name} {words.does}; its pod starts", "Pending")
-    held = standing(SUSPENDED, "spec.suspend is true; set it to false to go on", SUSPENDED)
+    starting = _work_on(words, "Pending", STARTING, f"Job {wanted.name} {words.does}; its pod starts")
+    held = Standing(words.pending, SUSPENDED, SUSPENDED, "spec.suspend is true; set it to false to go on")
     if job is None:
         return Course((), held) if wanted.suspended else Course((wanted,), starting)
     if job.deleting:
@@ -248,29 +241,34 @@ def _decide_wanted(  # noqa: PLR0911 (one return for each state of a Job)
     if job.failed:
         return _decide_failed(wanted, job, words, now, surroundings)
     if job.complete:
-        return _decide_complete(wanted, job, words, now)
+        return _decide_complete(wanted, job, words)
     actions = (wanted,) if job.suspended != wanted.suspended or not job.config_present else ()
-    if wanted.suspended:
-        return Course(actions, held)
-    if job.suspended:
-        return Course(actions, starting)
+    if wanted.suspended or job.suspended:
+        return Course(actions, held if wanted.suspended else starting)
+    return Course(actions, _describe_pods(wanted, job, words, surroundings) or starting)
+
+
+def _describe_pods(wanted: EnsureJob, job: ObservedJob, words: Wording, surroundings: Surroundings) -> Standing | None:
+    """Says where a Job stands that is neither held nor ended; None while its pod is on its way."""
     pod = job.newest_pod
-    if pod is None:
-        return Course(actions, starting)
     if job.running_pod is not None:
-        return Course(actions, standing(words.reason, f"Job {wanted.name} {words.does}"))
+        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}")
+    if pod is None:
+        return None
     if pod.phase == "Succeeded":
-        return Course(actions, standing(words.reason, f"Job {wanted.name} {words.does}; it is about to end"))
+        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}; it is about to end")
     if pod.phase == "Failed":
         reason, message, _ = describe_failure(job, words)
-        if pod.disrupted:
-            message = "its pod was evicted"
-        return Course(actions, standing(RETRYING, f"{reason}: {message}; a new pod is started", warning=True))
+        cause = "its pod was evicted" if pod.disrupted else f"{reason}: {message}"
+        return _work_on(words, words.phase, RETRYING, f"{cause}; a new pod is started", warning=True)
     blocked = _describe_waiting(pod, surroundings)
     if blocked is None:
-        return Course(actions, starting)
-    reason, message = blocked
-    return Course(actions, standing(reason, message, "Pending", warning=True))
+        return None
+    return _work_on(words, "Pending", *blocked, warning=True)
+
+
+def _work_on(words: Wording, phase: str, reason: str, message: str, *, warning: bool = False) -> Standing:
+    return Standing(words.pending, phase, reason, message, working=True, warning=warning)
 
 
 def _decide_failed(
@@ -292,7 +290,7 @@ def _decide_failed(
     return Course((DeleteJob(job.name),), failed, look_again_seconds=1)
 
 
-def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording, now: datetime) -> Course:
+def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording) -> Course:
     """Reads the result; where its pod has gone before it was read, the Job runs again and says it again."""
     pod = next((one for one in job.pods if one.phase == "Succeeded"), None)
     if pod is None or pod.termination_message is None:
@@ -359,8 +357,10 @@ def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str
         # The kubelet's own message changes from one attempt to the next; a status that follows it never rests.
         return (
             IMAGE_PULL_FAILED,
-            f"image {pod.image} cannot be pulled: check that it exists and that the node may pull it "
-            f"(kubectl describe pod {pod.name} has the registry's answer); it is tried again by itself",
+            (
+                f"image {pod.image} cannot be pulled: check that it exists and that the node may pull it "
+                f"(kubectl describe pod {pod.name} has the registry's answer); it is tried again by itself"
+            ),
         )
     if pod.waiting_reason != "CreateContainerConfigError":
         return None
@@ -375,8 +375,10 @@ def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str
         what = "the store's" if secret == surroundings.store_secret else "a source's"
         return (
             SECRET_NOT_FOUND,
-            f"Secret {secret} ({what} endpoint and credentials) does not exist in this namespace; create it, and the "
-            "Job goes on by itself",
+            (
+                f"Secret {secret} ({what} endpoint and credentials) does not exist in this namespace; create it, and "
+                "the Job goes on by itself"
+            ),
         )
     return "ContainerConfigError", f"the container cannot be set up: {text or 'the kubelet gives no reason'}"
 
@@ -395,8 +397,10 @@ def describe_availability(kind: str, name: str, availability: Availability) -> t
         case "Failed":
             return (
                 f"{kind}Failed",
-                f"{kind} {name} has failed; mend it (kubectl describe {kind.lower()} {name}), and this goes on by "
-                "itself",
+                (
+                    f"{kind} {name} has failed; mend it (kubectl describe {kind.lower()} {name}), and this goes on by "
+                    "itself"
+                ),
             )
         case "NotFound":
             return f"{kind}NotFound", f"there is no {kind} {name} in this namespace; create it or correct the reference"

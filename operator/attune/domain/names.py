@@ -34,7 +34,7 @@ def _without_empty(value: Any) -> Any:
 
 
 def build_job_name(owner: str, recipe: str, run: str, placement: str) -> str:
-    """Names a Job: build_job_name("calls", "prepare", "1a2b3c4d", "5e6f7") -> "calls-prepare-1a2b3c4d-5e6f7".
+    """Names a Job after its owner and what it does: "calls-prepare-1a2b3c4d-5e6f7".
 
     run is a fingerprint of the owner's uid and of what is done; placement one of how it is done (resources, Secrets),
     so that a Job with more memory is a new Job of the same run. Owner names longer than OWNER_CHARACTERS are cut; the

@@ -14,4 +14,4 @@ def parse_time(text: str) -> datetime:
     Raises:
         ValueError: when it is none.
     """
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return datetime.fromisoformat(text)

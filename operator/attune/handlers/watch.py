@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import kopf
 
+from attune.adapters.cluster import CUSTOM, DEPLOYMENT, HTTP_ROUTE, JOB, POD, ResourceType
 from attune.reconcile.loop import Controller
 from attune.reconcile.queue import Key
-from attune.adapters.cluster import CUSTOM, DEPLOYMENT, HTTP_ROUTE, JOB, POD, ResourceType
 from attune.render.names import LABEL_KIND, LABEL_NAME, LABEL_OWNER_UID
 
 # What the operator creates and has to hear of.

@@ -46,7 +46,9 @@ class Outcome:
     ended_rollouts: tuple[str, ...] = ()
 
 
-def reconcile(cluster: Cluster, settings: Settings, key: Key, now: datetime, failures: int = 0) -> Outcome:
+def reconcile(  # noqa: PLR0911 (one return for each kind of error)
+    cluster: Cluster, settings: Settings, key: Key, now: datetime, failures: int = 0
+) -> Outcome:
     """Brings one resource a step nearer to what it should be. Blocking; raises nothing but NotLeader.
 
     failures: how many passes over this key have failed in a row before this one.
@@ -73,7 +75,7 @@ def reconcile(cluster: Cluster, settings: Settings, key: Key, now: datetime, fai
         return Outcome("error", error="InvalidSpec")
     except AttuneError:
         raise
-    except Exception as error:  # a defect in the operator must not stop it
+    except Exception as error:  # noqa: BLE001 (a defect in the operator must not stop it)
         name = type(error).__name__
         _log.exception("pass failed", extra={"object": f"{key.kind}/{key.name}", "attempt": failures + 1})
         if failures + 1 < UNKNOWN_ATTEMPTS:
@@ -105,7 +107,7 @@ def _find_ended(before: Status, after: Status) -> tuple[str, ...]:
 
 def _backoff(failures: int, first: float) -> float:
     """Seconds to wait: doubled with each failure, bounded, and spread so that many do not come back at once."""
-    longest = min(_LONGEST_DELAY, first * 2 ** min(failures, 16))
+    longest = min(_LONGEST_DELAY, first * 2.0 ** min(failures, 16))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 (spreads load, protects nothing)
 
 
@@ -131,11 +133,8 @@ def _show(
     standing = Standing("False", phase, reason, message, stalled=True)
     after = standing.conditions(status.conditions, terminal=terminal, generation=generation, now=now)
     events: tuple[EmitEvent, ...] = decide_events(status.conditions, after, terminal=terminal, kind="Warning")
-    shown = status.model_copy(
-        update={"observed_generation": generation, "phase": standing.phase, "conditions": after}
-    )
+    shown = status.model_copy(update={"observed_generation": generation, "phase": standing.phase, "conditions": after})
     try:
         act(cluster, settings, resource, Plan(actions=events, status=shown), now)
     except (Unavailable, Conflict, Refused, NotServed, AlreadyExists) as error:
         _log.warning("status not written", extra={"object": f"{key.kind}/{key.name}", "error": str(error)})
-

@@ -178,7 +178,8 @@ def observe_job(body: Object, pods: list[Object], *, config_present: bool = True
 def observe_pod(body: Object) -> ObservedPod:
     """Makes an observation of a Job's pod."""
     metadata, status = body["metadata"], body.get("status") or {}
-    container = next((one for one in status.get("containerStatuses") or [] if one.get("name") == CONTAINER), {})
+    statuses: list[dict[str, Any]] = status.get("containerStatuses") or []
+    container = next((one for one in statuses if one.get("name") == CONTAINER), {})
     state = container.get("state") or {}
     terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
     scheduled = _find_condition(body, "PodScheduled", "False")

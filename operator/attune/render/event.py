@@ -30,7 +30,8 @@ def build_event(owner: Owner, announcement: Announcement, now: str, instance: st
 
     now is RFC 3339 in UTC; instance is the operator's pod.
     """
-    digest = hashlib.sha256("\0".join((owner.uid, announcement.type, announcement.reason, announcement.message)).encode()).hexdigest()
+    said = f"{owner.uid}\0{announcement.type}\0{announcement.reason}\0{announcement.message}"
+    digest = hashlib.sha256(said.encode()).hexdigest()
     return {
         "apiVersion": "v1",
         "kind": "Event",

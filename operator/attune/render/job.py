@@ -9,7 +9,6 @@ from attune.contract.environment import (
     JOB_FILE_VARIABLE,
     PROGRESS_PORT,
     STORE_ACCESS_KEY,
-    STORE_BUCKET,
     STORE_ENDPOINT,
     STORE_REGION,
     STORE_SECRET_KEY,
@@ -27,7 +26,7 @@ from attune.settings import Settings
 
 CONTAINER: Final = "recipe"
 BACKOFF_LIMIT: Final = 3
-# Ended by SIGKILL: out of memory, since a pod that is evicted or deleted carries DisruptionTarget and is ruled on first.
+# Ended by SIGKILL: out of memory, as a pod that is evicted or deleted carries DisruptionTarget and is ruled on first.
 KILLED: Final = 137
 USER: Final = 65532
 
@@ -190,7 +189,13 @@ def _build_environment(request: JobRequest, settings: Settings) -> list[dict[str
         {"name": ATTEMPT_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},
         *build_store_environment(settings.store_secret),
         *(
-            _from_secret(source_variable(index, variable), secret, STORE_SECRET_KEYS[variable], optional=True)
+            # The endpoint is required, so that the pod waits for a Secret that is not there yet.
+            _from_secret(
+                source_variable(index, variable),
+                secret,
+                STORE_SECRET_KEYS[variable],
+                optional=variable != STORE_ENDPOINT,
+            )
             for index, secret in request.source_secrets
             for variable in _SOURCE_VARIABLES
         ),
@@ -248,4 +253,3 @@ def build_container_security() -> dict[str, Any]:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-

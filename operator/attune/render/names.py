@@ -43,4 +43,3 @@ def build_owner_reference(owner: Owner) -> dict[str, Any]:
         "controller": True,
         "blockOwnerDeletion": False,
     }
-
