@@ -28,11 +28,16 @@ def decide_conditions(
     terminal is Ready or Succeeded. working: the operator is on its way and needs nobody. stalled: only a person can
     help. now is RFC 3339 in UTC.
 
-    What is neither there nor stalled is Reconciling, even where it only waits (suspended): a tool that follows kstatus
-    knows no condition Succeeded, and would take a resource that is neither Reconciling nor Stalled for finished.
+    kstatus, Argo CD and `kubectl wait` are to agree, so exactly one of the three is True:
+    - What is neither there nor stalled is Reconciling, even where it only waits (suspended): kstatus knows no condition
+      Succeeded, and would take a resource that is neither Reconciling nor Stalled for finished.
+    - What is still being worked on is not there yet: with state True and working, the terminal condition is Unknown (a
+      Canary in a rollout serves, but whether it will be as wanted nobody knows).
     """
-    if working and stalled:
-        raise ValueError("working and stalled exclude each other")
+    if stalled and (working or state == "True"):
+        raise ValueError("stalled excludes working and True")
+    if working and state == "True":
+        state = "Unknown"
     reconciling = working or (state != "True" and not stalled)
     before = {condition.type: condition for condition in previous}
 
