@@ -2,7 +2,6 @@
 
 from enum import IntEnum, StrEnum
 
-
 _FINDINGS = range(10, 30)
 
 
