@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from attune.api.canary import ArmModel, PodTemplate
+from attune.contract.exitcode import Disposition, ExitCode
+from attune.contract.result import Failure
 from attune.domain.actions import RolloutRecord
 from attune.domain.jobs import IMAGE_PULL_FAILED, OUT_OF_MEMORY, SECRET_KEY_MISSING, SECRET_NOT_FOUND, UNSCHEDULABLE
 
@@ -34,7 +36,7 @@ class ServingPod:
     # How the container ended last, whether or not it runs again.
     ended_reason: str | None = None
     ended_code: int | None = None
-    ended_message: str | None = None
+    failure: Failure | None = None  # what the server said of its own end
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,14 @@ def _diagnose(pod: ServingPod) -> PodProblem | None:
     if pod.ended_reason == "OOMKilled":
         message = "the server was killed because it needed more memory than its limit; raise the limit in spec.template"
         return PodProblem(OUT_OF_MEMORY, message, fatal=pod.restarts >= CRASHES)
+    if pod.failure is not None:
+        # Some ends are the surroundings' fault and may be over with the next start; others come again.
+        final = pod.ended_code in set(ExitCode) and ExitCode(pod.ended_code).disposition is Disposition.FAIL
+        return PodProblem(pod.failure.reason, pod.failure.message, fatal=final or pod.restarts >= CRASHES)
     if pod.waiting_reason == CRASH_LOOP or pod.restarts >= CRASHES:
         ended = f"the server ends with code {pod.ended_code}" if pod.ended_code is not None else "the server ends"
-        detail = f": {pod.ended_message}" if pod.ended_message else f"; see kubectl logs {pod.name} --previous"
-        return PodProblem(CRASH_LOOP, f"{ended} again and again{detail}", fatal=pod.restarts >= CRASHES)
+        message = f"{ended} again and again; see kubectl logs {pod.name} --previous"
+        return PodProblem(CRASH_LOOP, message, fatal=pod.restarts >= CRASHES)
     return None
 
 

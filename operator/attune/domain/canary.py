@@ -42,7 +42,15 @@ from attune.domain.actions import (
     RolloutRecord,
 )
 from attune.domain.arms import ObservedArm, ObservedGateway, ObservedRoute
-from attune.domain.jobs import SUSPENDED, ObservedJob, Standing, Wording, describe_availability, describe_failure
+from attune.domain.jobs import (
+    SUSPENDED,
+    Availability,
+    ObservedJob,
+    Standing,
+    Wording,
+    describe_availability,
+    describe_failure,
+)
 from attune.domain.names import fingerprint
 from attune.domain.times import format_time, parse_time
 from attune.domain.verdict import REASON_NO_DATA, Judgement, NoEvidence, PairedSums, judge
@@ -70,13 +78,18 @@ _SCORER_WORDS: Final = Wording("Unknown", "", "", "replays golden utterances", "
 
 @dataclass(frozen=True)
 class ObservedCanary:
-    """Everything that the decision on a Canary reads. fine_tune and dataset are the referents, None where missing."""
+    """Everything that the decision on a Canary reads.
+
+    fine_tune and dataset are the referents, None where they are missing, with whether they can be built on.
+    """
 
     canary: Canary
     now: datetime
     inference_image: str
     fine_tune: FineTune | None
+    fine_tune_state: Availability
     dataset: Dataset | None
+    dataset_state: Availability
     gateway: ObservedGateway
     stable: ObservedArm | None
     trial: ObservedArm | None  # the canary arm
@@ -132,36 +145,45 @@ def decide_canary(o: ObservedCanary) -> Plan:
     if o.canary.metadata.deletion_timestamp is not None:
         # Everything is owned by the Canary: the garbage collector clears it away.
         return Plan((), o.status)
-    if o.spec.suspend:
-        return _tell(o, _suspend(o))
+    if not o.spec.suspend and _is_serving(o):
+        o = _restore_record(o)
+    return _tell(o, _choose(o))
+
+
+def _choose(o: ObservedCanary) -> _Next:  # noqa: PLR0911 (one return for each state)
     target = resolve_target(o)
+    if o.spec.suspend:
+        return _suspend(o)
     if not _is_serving(o):
-        return _tell(o, _initialize(o, target))
-    o = _restore_record(o)
+        return _initialize(o, target)
     record = o.route.rollout if o.route is not None else None
     stable = _stable_model(o)
     if record is not None and record.promoting:
         # A promotion that has begun is finished before anything else: stable is between two models. It can be
         # finished, since the canary arm runs the very same pods.
-        promoted = o.trial.model if o.trial is not None else stable
-        return _tell(o, _promote(o, record, promoted))
+        return _promote(o, record, o.trial.model if o.trial is not None else stable)
     if isinstance(target, Problem):
         if record is not None and not record.failed_reason:
-            return _tell(o, _roll(o, record, None, blocked=target))
-        return _tell(o, _rest(o, _standing_of(o, target), record))
+            return _roll(o, record, None, blocked=target)
+        return _rest(o, _standing_of(o, target), record)
     if target.revision == stable.revision:
-        return _tell(o, _rest(o, _standing_at_rest(o, stable), None))
+        return _rest(o, _standing_at_rest(o, stable), None)
+    return _choose_rollout(o, record, stable, target)
+
+
+def _choose_rollout(o: ObservedCanary, record: RolloutRecord | None, stable: ArmModel, target: ArmModel) -> _Next:
+    """Another model than stable's is wanted."""
     identity = name_rollout(o.canary.metadata.uid, stable.revision, target.revision)
     if record is not None and record.id == identity:
         if record.failed_reason is not None:
-            return _tell(o, _rest(o, _standing_degraded(o, record), record))
-        return _tell(o, _roll(o, record, target))
+            return _rest(o, _standing_degraded(o, record), record)
+        return _roll(o, record, target)
     problem = next((found for check in _PREFLIGHT if (found := check(o)) is not None), None)
-    if problem is not None and problem.reason == STABLE_NOT_READY and o.stable is not None and o.stable.broken:
-        return _tell(o, _replace_broken(o, target))
-    if problem is not None:
-        return _tell(o, _rest(o, _standing_of(o, problem), None))
-    return _tell(o, _begin(o, identity, target))
+    if problem is None:
+        return _begin(o, identity, target)
+    if problem.reason == STABLE_NOT_READY and o.stable is not None and o.stable.broken:
+        return _replace_broken(o, target)
+    return _rest(o, _standing_of(o, problem), None)
 
 
 def name_rollout(uid: str, stable_revision: str, target_revision: str) -> str:
@@ -210,27 +232,21 @@ def resolve_target(o: ObservedCanary) -> ArmModel | Problem:
         return ArmModel(revision=revision, model_id=name_model(source.uri), uri=source.uri)
     if source.fine_tune_ref is None:
         return Problem("ModelMissing", "spec.model names neither a uri nor a FineTune; give one of them")
-    name = source.fine_tune_ref.name
-    if o.fine_tune is None:
-        return _unavailable(FineTune.KIND, name, describe_availability("FineTune", name, "NotFound"))
-    status = o.fine_tune.status
-    state = next((one for one in status.conditions if one.type == FineTune.TERMINAL_CONDITION), None)
-    if status.model is not None and state is not None and state.status == "True":
-        model = status.model
+    model = o.fine_tune.status.model if o.fine_tune is not None else None
+    if o.fine_tune is not None and model is not None and o.fine_tune_state == "Ready":
         return ArmModel(
             revision=compute_revision(model.uri, model.digest, o.spec.template),
-            model_id=status.model_id or name_model(model.uri),
+            model_id=o.fine_tune.status.model_id or name_model(model.uri),
             uri=model.uri,
             digest=model.digest,
         )
-    failed = state is not None and state.status == "False"
-    availability = describe_availability("FineTune", name, "Failed" if failed else "NotReady")
-    return _unavailable(FineTune.KIND, name, availability, waits=not failed)
+    return _unavailable(FineTune.KIND, source.fine_tune_ref.name, o.fine_tune_state)
 
 
-def _unavailable(kind: str, name: str, described: tuple[str, str] | None, *, waits: bool = False) -> Problem:
-    reason, message = described or (f"{kind}NotReady", f"{kind} {name} is not ready")
-    return Problem(reason, message, waits=waits)
+def _unavailable(kind: str, name: str, state: Availability) -> Problem:
+    # Said to be ready, but without what it should have made: that comes with its next pass.
+    reason, message = describe_availability(kind, name, "NotReady" if state == "Ready" else state) or ("", "")
+    return Problem(reason, message, waits=state in {"Ready", "NotReady"})
 
 
 # --- What must hold before a rollout begins ---------------------------------------------------------------------------
@@ -251,13 +267,8 @@ def _check_gateway(o: ObservedCanary) -> Problem | None:
 
 def _check_golden_set(o: ObservedCanary) -> Problem | None:
     name = o.spec.analysis.golden.dataset_ref.name
-    if o.dataset is None:
-        return _unavailable(Dataset.KIND, name, describe_availability("Dataset", name, "NotFound"))
-    state = next((one for one in o.dataset.status.conditions if one.type == Dataset.TERMINAL_CONDITION), None)
-    if _golden_input(o) is None or state is None or state.status != "True":
-        failed = state is not None and state.status == "False"
-        availability = describe_availability("Dataset", name, "Failed" if failed else "NotReady")
-        return _unavailable(Dataset.KIND, name, availability, waits=not failed)
+    if _golden_input(o) is None or o.dataset_state != "Ready":
+        return _unavailable(Dataset.KIND, name, o.dataset_state)
     split = _golden_split(o)
     needed = o.spec.analysis.wer.min_words
     if split is not None and split.words < needed:
@@ -433,9 +444,12 @@ def _standing_degraded(o: ObservedCanary, record: RolloutRecord) -> Standing:
 
 def _suspend(o: ObservedCanary) -> _Next:
     weight = o.route.canary_weight if o.route is not None else 0
-    state = "True" if _is_serving(o) and o.stable_ready else "False"
     message = f"spec.suspend is true: everything stays as it is, with {weight} % of requests on the canary"
     record = o.route.rollout if o.route is not None else None
+    target = resolve_target(o)
+    as_wanted = not isinstance(target, Problem) and record is None and target.revision == _stable_model(o).revision
+    serving = _is_serving(o) and o.stable_ready
+    state = ("True" if as_wanted else "Unknown") if serving else "False"
     standing = Standing(state, Phase.PAUSED, SUSPENDED, message)  # type: ignore[arg-type]
     return _Next((), standing, weight, record)
 
