@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 # Dense where telephone prompts and voice commands are: a clip of 1.0 s costs a twentieth of a 30 s window.
-BUCKETS: Final = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 30.0)
+BUCKETS: Final = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 20.0, 24.0, 30.0)
 # A clip that ends at the last frame gives the decoder no silence to end the sentence on.
 MIN_TAIL_SECONDS: Final = 0.5
 

@@ -1,6 +1,7 @@
 """Low-rank adapters: attaching, saving, and melting them into the weights."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def attach_adapters(whisper: Whisper, lora: Lora) -> PeftModel:
         target_modules=list(LINEAR_LAYERS),
         bias="none",
     )
-    return get_peft_model(whisper.model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that transformers has renamed; the answer is the same.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(whisper.model, config)
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ from typing import Any, Final
 import deepspeed
 import torch
 from attune.contract.exitcode import ExitCode
-from attune.contract.training import Precision
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from attune_trainer.failures import InvalidInput, RecipeFailure, from_exception
 from attune_trainer.logs import configure_logging
@@ -30,13 +29,15 @@ from attune_trainer.modeling.whisper import Whisper, load_whisper
 from attune_trainer.scoring.errors import ErrorCounts, count_errors, total
 from attune_trainer.scoring.normaliser import normalise
 from attune_trainer.training import adapters, checkpoints
+from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
+from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
-from attune_trainer.training.transcripts import IGNORED, TranscriptEncoder
+from attune_trainer.training.transcripts import TranscriptEncoder
 
 _log = logging.getLogger("attune_trainer.training")
 
@@ -48,33 +49,6 @@ _MERGE_TOLERANCE: Final = 2e-3  # of the logits' largest magnitude, at fp32
 
 class _StopRequested(Exception):  # noqa: N818 (a wish, not an error)
     """The pod has been asked to end."""
-
-
-class TranscriptionLoss(nn.Module):
-    """Cross entropy of the transcripts, averaged over their tokens."""
-
-    def __init__(self, model: nn.Module, whisper: Whisper) -> None:
-        super().__init__()
-        self.model = model  # the adapted network; owns all parameters
-        self._whisper = [whisper]  # in a list, so that its network is not registered a second time
-
-    def forward(self, features: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Gives the mean loss of a batch as a scalar.
-
-        Args:
-            features: log-mel, shape (utterances, mels, frames).
-            inputs: decoder inputs, shape (utterances, tokens).
-            targets: what is to be said, same shape; IGNORED counts for nothing.
-        """
-        network = self._whisper[0].model
-        encoded = network.model.encoder(features).last_hidden_state
-        hidden = network.model.decoder(
-            input_ids=inputs, encoder_hidden_states=encoded, use_cache=False
-        ).last_hidden_state
-        # The vocabulary's projection is the dearest product of a small Whisper: only real tokens go through it.
-        counted = targets != IGNORED
-        logits = network.proj_out(hidden[counted])
-        return nn.functional.cross_entropy(logits.float(), targets[counted])
 
 
 class Training:
@@ -451,16 +425,6 @@ class Training:
 def reloaded_in_fp32(folder: Path) -> bool:
     """Tells whether a checkpoint was stored without rounding."""
     return '"float32"' in (folder / "config.json").read_text(encoding="utf-8")
-
-
-def wants_bf16(precision: Precision, device: torch.device) -> bool:
-    """Decides the arithmetic: Auto takes bf16 where the device computes in it, and not where it would be emulated."""
-    if precision is not Precision.AUTO:
-        return precision is Precision.BF16
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
 
 
 def wait_for(file: Path, events: EventWriter) -> None:
