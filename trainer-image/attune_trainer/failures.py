@@ -21,6 +21,7 @@ _WRONG_CREDENTIALS = frozenset(
         "InvalidClientTokenId",
         "AuthorizationHeaderMalformed",
         "InvalidSecurity",
+        "XAdminUserNotFound",  # versitygw
     }
 )
 _BUSY = frozenset({"InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout", "OperationAborted", "Busy"})
@@ -96,7 +97,7 @@ class Terminated(RecipeFailure):
         super().__init__(ExitCode.TERMINATED, "Terminated", message)
 
 
-def from_store_error(error: BaseException, where: str) -> RecipeFailure | None:  # noqa: PLR0911 (a table of cases)
+def from_store_error(error: BaseException, where: str) -> RecipeFailure | None:
     """Says what an error of the S3 client means; None where it is no such error.
 
     Args:
