@@ -160,7 +160,7 @@ def _transcribe_all(
         chunk = order[start : start + _CHUNK]
         clips = [read_audio(context.store, utterances[index], audio) for index in chunk]
         began = time.perf_counter()
-        texts = recognizer.transcribe(clips, language=language)
+        texts = recognizer.transcribe(clips, language=language.partition("-")[0])
         seconds += time.perf_counter() - began
         hypotheses.update(zip(chunk, texts, strict=True))
         context.reporter.update(step=len(hypotheses), percent=begun + share * len(hypotheses) / len(order))
