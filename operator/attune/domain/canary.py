@@ -150,7 +150,7 @@ def decide_canary(o: ObservedCanary) -> Plan:
     return _tell(o, _choose(o))
 
 
-def _choose(o: ObservedCanary) -> _Next:  # noqa: PLR0911 (one return for each state)
+def _choose(o: ObservedCanary) -> _Next:
     target = resolve_target(o)
     if o.spec.suspend:
         return _suspend(o)
@@ -516,7 +516,7 @@ def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel) -> _Nex
     return _Next(tuple(actions), standing, 0, record, waiting, _SOON_SECONDS if not moved else _WAIT_SECONDS)
 
 
-def _roll(  # noqa: PLR0911 (one return for each thing that may come next)
+def _roll(
     o: ObservedCanary, record: RolloutRecord, target: ArmModel | None, blocked: Problem | None = None
 ) -> _Next:
     """Takes a rollout one pass further. blocked: the model that is wanted can't be told; nothing goes up then."""
@@ -967,7 +967,7 @@ def _announce(before: CanaryStatus, after: CanaryStatus, standing: Standing) -> 
     if rollout is not None:
         events += _announce_progress(before, after, rollout)
     old = next((one for one in before.conditions if one.type == Canary.TERMINAL_CONDITION), None)
-    told = {ROLLOUT_PROGRESSING, PROMOTING} | ({ended.reason} if ended is not None else set())
+    told = {ROLLOUT_PROGRESSING, PROMOTING} | ({ended.reason, HEALTHY} if ended is not None else set())
     if (old is None or old.reason != standing.reason) and standing.reason not in told:
         events.append(EmitEvent(standing.event_kind, standing.reason, standing.message))
     return tuple(events)
