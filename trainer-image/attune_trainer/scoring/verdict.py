@@ -289,7 +289,10 @@ def _difference(one: Judged, base: Judged, confidence: float) -> str:
         return f"has {rates}"
     if one.change.low == one.change.high == 0:
         return f"makes the same word errors as {base.name} ({rates})"
-    return f"makes {_change(one.change, confidence)} word errors than {base.name}; {rates}"
+    return (
+        f"makes {_more_or_fewer(one.change.value)} word errors than {base.name} "
+        f"({_change(one.change, confidence)}), {rates}"
+    )
 
 
 def _compare(one: Judged, base: Judged, confidence: float) -> str:
@@ -319,7 +322,7 @@ def _more_words(words: int, interval: BootstrapInterval, bound: float) -> str:
         return "the difference is too small to be settled by a million more words of holdout"
     more = max(1.0, words * (half / distance) ** 2 - words)
     step = 10 ** max(0, math.floor(math.log10(more)) - 1)
-    return f"the holdout needs about {math.ceil(more / step) * step} more words"
+    return f"the holdout needs about {math.ceil(more / step) * step:,} more words"
 
 
 def _percent(value: float) -> str:
@@ -331,11 +334,14 @@ def _interval(interval: BootstrapInterval, confidence: float) -> str:
 
 
 def _change(change: BootstrapInterval, confidence: float) -> str:
-    """Writes a relative change for people: "37.2 % fewer (95 % interval 51.0 % fewer to 21.3 % fewer)"."""
-    return (
-        f"{_more_or_fewer(change.value)} ({100 * confidence:.4g} % interval "
-        f"{_more_or_fewer(change.low)} to {_more_or_fewer(change.high)})"
+    """Writes an interval of change for people: "95 % interval: 21.3 to 51.0 % fewer"; "12.6 % fewer to 3.0 % more"."""
+    inner, outer = sorted((change.low, change.high), key=abs)
+    span = (
+        f"{abs(100 * inner):.1f} to {_more_or_fewer(outer)}"
+        if inner * outer > 0
+        else f"{_more_or_fewer(change.low)} to {_more_or_fewer(change.high)}"
     )
+    return f"{100 * confidence:.4g} % interval: {span}"
 
 
 def _more_or_fewer(value: float) -> str:

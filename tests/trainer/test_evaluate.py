@@ -1,0 +1,214 @@
+"""evaluate with the mini model: figures, verdicts, report, and models that cannot be judged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import pytest
+import torch
+from attune.contract.exitcode import ExitCode
+from attune.contract.job import DatasetInput, EvaluateRecipe, PrepareRecipe, Split
+from attune.contract.measures import Decision
+from attune.contract.result import EvaluateResult, PrepareResult
+from attune_trainer.data.dataset import Utterance, load_split, read_audio
+from attune_trainer.failures import RecipeFailure
+from attune_trainer.job import RecipeContext
+from attune_trainer.modeling import load_recognizer
+from attune_trainer.recipes import evaluate, prepare
+from attune_trainer.store import Store, digest_directory
+from safetensors.torch import load_file, save_file
+
+from tests.assets.mini_model import ensure_mini_corpus, ensure_mini_model
+
+MakeContext = Callable[..., RecipeContext]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def uploaded(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The mini model, and one that is worse by noise on its weights; names -> URIs."""
+    store: Store = s3_server.store()
+    model = ensure_mini_model()
+    worse = tmp_path_factory.mktemp("worse")
+    for file in model.iterdir():
+        (worse / file.name).write_bytes(file.read_bytes())
+    weights = load_file(worse / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.ndim == 2 and "positions" not in name:
+            weights[name] = tensor + 0.35 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    save_file(weights, worse / "model.safetensors", metadata={"format": "pt"})
+    store.upload_directory(ensure_mini_corpus("old"), "evaluate/corpus")
+    return {
+        "mini": store.upload_directory(model, "evaluate/mini"),
+        "worse": store.upload_directory(worse, "evaluate/worse"),
+    }
+
+
+@pytest.fixture
+def corpus(uploaded: dict[str, str], make_context: MakeContext) -> DatasetInput:
+    """The prepared corpus, a quarter of it held out; the second test and on find its audio in the store."""
+    context = make_context(
+        {
+            "recipe": "prepare",
+            "sources": [{"uri": "s3://attune/evaluate/corpus/", "format": "Manifest", "manifest": "transcripts.jsonl"}],
+            "language": "en",
+            "splits": {"by": "Group", "validation": "0.1", "holdout": "0.3", "seed": 7},
+            "maxRejectedShare": "0",
+            "outputPrefix": "evaluate/dataset",
+        }
+    )
+    assert isinstance(context.spec.recipe, PrepareRecipe)
+    result: PrepareResult = prepare.run(context.spec.recipe, context)
+    assert result.splits.holdout.utterances == 60
+    return DatasetInput(name="commands", revision=result.revision, uri=result.uri)
+
+
+def recipe(corpus: DatasetInput, uris: dict[str, str], key_prefix: str, **changes: Any) -> dict[str, Any]:
+    fields = {
+        "recipe": "evaluate",
+        "dataset": corpus.model_dump(by_alias=True),
+        "split": "Holdout",
+        "candidates": [{"name": name, "model": {"uri": uri}} for name, uri in uris.items()],
+        "baseline": next(iter(uris)),
+        "metrics": ["Wer", "Cer", "SentenceAccuracy", "RealTimeFactor"],
+        "outputPrefix": f"{key_prefix}/evaluation",
+    }
+    return fields | changes
+
+
+def run(context: RecipeContext) -> EvaluateResult:
+    assert isinstance(context.spec.recipe, EvaluateRecipe)
+    return evaluate.run(context.spec.recipe, context)
+
+
+def transcribe(store: Store, utterances: list[Utterance], folder: Path) -> list[str]:
+    recognizer = load_recognizer(ensure_mini_model())
+    return recognizer.transcribe([read_audio(store, one, folder) for one in utterances])
+
+
+def test_figures_are_those_of_the_model_on_the_split(
+    s3_store: Store,
+    uploaded: dict[str, str],
+    corpus: DatasetInput,
+    key_prefix: str,
+    make_context: MakeContext,
+    tmp_path: Path,
+) -> None:
+    uris = {"tuned": uploaded["mini"], "worse": uploaded["worse"]}
+    context = make_context(recipe(corpus, uris, key_prefix, baseline="worse"))
+    result = run(context)
+    tuned, worse = result.leaderboard
+    assert (tuned.candidate, tuned.rank, worse.candidate, worse.rank) == ("tuned", 1, "worse", 2)
+    holdout = load_split(s3_store, corpus, Split.HOLDOUT)
+    # Reference and hypothesis are lower-case words without punctuation, so nothing needs to be normalised here.
+    heard = transcribe(s3_store, holdout, tmp_path / "audio")
+    measured = jiwer.process_words([one.text for one in holdout], heard)
+    assert (tuned.substitutions, tuned.deletions, tuned.insertions, tuned.hits) == (
+        measured.substitutions,
+        measured.deletions,
+        measured.insertions,
+        measured.hits,
+    )
+    assert float(tuned.wer) == pytest.approx(measured.wer, abs=1e-4)
+    assert float(tuned.cer or "nan") == pytest.approx(jiwer.cer([one.text for one in holdout], heard), abs=1e-4)
+    right = sum(one.text == text for one, text in zip(holdout, heard, strict=True))
+    assert float(tuned.sentence_accuracy or "nan") == pytest.approx(right / len(holdout), abs=1e-4)
+    assert float(tuned.real_time_factor or "nan") > 0
+    assert tuned.model_digest == digest_directory(ensure_mini_model())
+    assert tuned.padding is load_recognizer(ensure_mini_model()).padding
+    assert (worse.change_from_baseline, worse.change_low) == (None, None)
+    assert float(tuned.wer_low) <= float(tuned.wer) <= float(tuned.wer_high) < float(worse.wer_low)
+    assert (result.verdict.decision, result.winner) == (Decision.PROMOTE, "tuned")
+    assert float(tuned.change_high or "nan") < 0
+    assert f"on {tuned.words} words" in result.verdict.reason
+    assert context.reporter.snapshot().percent >= 97
+
+
+def test_a_worse_candidate_is_not_promoted_and_alone_it_asks_for_training(
+    uploaded: dict[str, str], corpus: DatasetInput, key_prefix: str, make_context: MakeContext
+) -> None:
+    uris = {"base": uploaded["mini"], "new": uploaded["worse"]}
+    kept = run(make_context(recipe(corpus, uris, key_prefix, gates=[{"metric": "Wer", "max": "0.5"}])))
+    assert (kept.verdict.decision, kept.winner) == (Decision.KEEP, "base")
+    alone = {"base": uploaded["worse"]}
+    gates = [{"metric": "Wer", "max": "0.02"}]
+    judged = run(make_context(recipe(corpus, alone, key_prefix, gates=gates)))
+    assert (judged.verdict.decision, judged.winner) == (Decision.FINE_TUNE, None)
+    assert judged.leaderboard[0].failed_gates[0].startswith("Wer 0.")
+
+
+def test_the_report_holds_figures_and_no_transcript(
+    s3_store: Store,
+    uploaded: dict[str, str],
+    corpus: DatasetInput,
+    key_prefix: str,
+    make_context: MakeContext,
+    tmp_path: Path,
+) -> None:
+    uris = {"base": uploaded["mini"], "ne$w": uploaded["worse"], "x<script>": uploaded["worse"]}
+    gates = [{"metric": "Wer", "max": "0.5"}, {"metric": "Wer", "maxChangeFromBaseline": "-0.05"}]
+    result = run(make_context(recipe(corpus, uris, key_prefix, gates=gates)))
+    prefix = f"s3://attune/{key_prefix}/evaluation"
+    assert result.report_uri == f"{prefix}/report.html"
+    html = s3_store.read_bytes(result.report_uri).decode()
+    assert result.verdict.reason in html
+    assert "<svg" in html
+    assert "<script" not in html
+    assert "x&lt;script&gt;" in html
+    assert "src=" not in html
+    assert corpus.revision in html
+    full = json.loads(s3_store.read_bytes(f"{prefix}/results.json"))
+    for row, counted in zip(result.leaderboard, full["candidates"], strict=True):
+        sums = [sum(column) for column in zip(*counted["counts"], strict=True)]
+        assert sums == [row.hits, row.substitutions, row.deletions, row.insertions]
+        assert sum(counted["utterancesByErrors"]) == row.utterances == len(full["utterances"])
+        assert sum(counted["confusions"]) == row.substitutions
+    holdout = load_split(s3_store, corpus, Split.HOLDOUT)
+    for text in (html, json.dumps(full)):
+        assert not [one.text for one in holdout if one.text in text]
+        assert not [heard for heard in transcribe(s3_store, holdout, tmp_path / "audio") if heard and heard in text]
+
+
+def test_a_model_that_cannot_be_judged_is_named(
+    s3_store: Store, uploaded: dict[str, str], corpus: DatasetInput, key_prefix: str, make_context: MakeContext
+) -> None:
+    model = ensure_mini_model()
+    config = json.loads((model / "config.json").read_text())
+    for file in model.iterdir():
+        s3_store.upload_file(file, f"{key_prefix}/unknown/{file.name}")
+    config |= {"architectures": ["SomethingForUnheardOf"], "model_type": "something"}
+    s3_store.write_bytes(f"{key_prefix}/unknown/config.json", json.dumps(config).encode())
+    unknown = {"base": uploaded["mini"], "strange": s3_store.uri(f"{key_prefix}/unknown")}
+    with pytest.raises(RecipeFailure) as caught:
+        run(make_context(recipe(corpus, unknown, key_prefix)))
+    assert caught.value.code is ExitCode.UNSUPPORTED_MODEL
+    assert caught.value.message.startswith("candidate strange: ")
+    assert "Whisper" in caught.value.message
+    missing = {"base": s3_store.uri(f"{key_prefix}/nothing")}
+    with pytest.raises(RecipeFailure, match="candidate base: there is no model") as caught:
+        run(make_context(recipe(corpus, missing, key_prefix)))
+    assert caught.value.code is ExitCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        pytest.param({"baseline": "other"}, "none of the candidates", id="unknown baseline"),
+        pytest.param({"gates": [{"metric": "Wer"}]}, "exactly one", id="a gate without a bound"),
+        pytest.param({"gates": [{"metric": "SentenceAccuracy", "max": "1"}]}, "better when larger", id="wrong way"),
+    ],
+)
+def test_an_evaluation_that_makes_no_sense_is_refused(
+    uploaded: dict[str, str],
+    corpus: DatasetInput,
+    key_prefix: str,
+    make_context: MakeContext,
+    changes: dict[str, Any],
+    says: str,
+) -> None:
+    with pytest.raises(RecipeFailure, match=says) as caught:
+        run(make_context(recipe(corpus, {"base": uploaded["mini"]}, key_prefix, **changes)))
+    assert caught.value.reason == "InvalidEvaluation"
