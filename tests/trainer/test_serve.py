@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -321,3 +323,58 @@ def test_the_languages_of_a_model_are_read_from_its_folder(
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert read_languages(tmp_path, own) == languages
+
+
+TRAFFIC = Path(__file__).parents[2] / "examples/telephone-prompts/traffic.py"
+
+
+def start_traffic(url: str, report: Path, **options: str) -> "subprocess.Popen[bytes]":
+    arguments = {
+        "url": url,
+        "host": "asr.example.com",
+        "audio": str(ensure_mini_corpus("old")),
+        "per-minute": "1200",
+        "seconds": "600",
+        "report": str(report),
+    } | {name.replace("_", "-"): value for name, value in options.items()}
+    return subprocess.Popen(
+        [sys.executable, TRAFFIC, *(part for name, value in arguments.items() for part in (f"--{name}", value))],
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_the_examples_client_counts_what_it_sent(server: ServerProcess, tmp_path: Path) -> None:
+    before = server.sample("attune_serve_requests_total", status="200")
+    client = start_traffic(server.url, tmp_path / "report.json", seconds="2", per_minute="300")
+    assert client.wait(timeout=120) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["requests"], report["failures"], report["notSent"]) == (10, 0, 0)
+    assert (report["tracks"], report["models"]) == ({"stable": 10}, {"ft:mini:0a1b2c": 10})
+    assert 0 < report["latency"]["p50"] <= report["latency"]["p95"] <= report["latency"]["max"]
+    assert server.sample("attune_serve_requests_total", status="200") == before + 10
+
+
+def test_the_examples_client_counts_failures_and_reports_when_it_is_ended(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    (tmp_path / "noise.wav").write_bytes(b"no audio")
+    before = server.sample("attune_serve_requests_total", status="400")
+    client = start_traffic(server.url, tmp_path / "report.json", audio=str(tmp_path))
+    wait_until(lambda: server.sample("attune_serve_requests_total", status="400") >= before + 3, what="three requests")
+    client.terminate()
+    assert client.wait(timeout=60) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["failures"] == report["requests"] >= 3
+    assert report["failureKinds"] == {"status 400": report["failures"]}
+    assert report["tracks"] == {"stable": report["failures"]}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://192.0.2.1:80", "http://localhost:80", "https://127.0.0.1", "http://[2001:db8::1]"]
+)
+def test_the_examples_client_speaks_to_loopback_only(tmp_path: Path, url: str) -> None:
+    client = start_traffic(url, tmp_path / "report.json")
+    _, message = client.communicate(timeout=60)
+    assert client.returncode == 2
+    assert b"loopback" in message or b"http://ADDRESS:PORT" in message
+    assert not (tmp_path / "report.json").exists()

@@ -109,19 +109,27 @@ def test_samples_that_are_no_numbers_do_not_spread() -> None:
 @pytest.mark.parametrize(
     ("seconds", "room", "languages", "chosen"),
     [
-        ([3.0], 16, None, [0]),
-        ([3, 25, 4, 3.1], 2, None, [0, 3]),  # the docstring's example
-        ([3, 25, 4, 3.1], 16, None, [0, 2, 3]),
-        ([0.2, 1.9, 2.0, 4.0], 16, None, [0, 1, 2, 3]),
-        ([25, 3, 3, 3], 16, None, [0]),  # the oldest goes though nothing is like it
+        ([3.0], 16, [None], [0]),
+        ([3, 25, 4, 3.1], 2, [None] * 4, [0, 3]),  # the docstring's example
+        ([3, 25, 4, 3.1], 16, [None] * 4, [0, 2, 3]),
+        ([0.2, 1.9, 2.0, 4.0], 16, [None] * 4, [0, 1, 2, 3]),
+        ([25, 3, 3, 3], 16, [None] * 4, [0]),  # the oldest goes though nothing is like it
         ([3, 3, 3], 16, ["en", None, "en"], [0, 2]),
-        ([3, 3, 3], 1, None, [0]),
+        ([3, 3, 3], 1, [None] * 3, [0]),
+        ([30] * 6, 16, [None] * 6, [0, 1, 2, 3]),  # 120 s, as the limit says
+        ([8, 12, 8, 16] * 4, 16, [None] * 16, [0, 1, 2, 4, 5, 6, 8, 10, 12, 14]),  # ten of at most 12 s
+        ([600, 600], 16, [None] * 2, [0]),  # one that is longer than a batch goes alone
     ],
 )
 def test_a_batch_is_the_oldest_and_what_is_like_it(
-    seconds: list[float], room: int, languages: list[str | None] | None, chosen: list[int]
+    seconds: list[float], room: int, languages: list[str | None], chosen: list[int]
 ) -> None:
-    assert choose_batch(seconds, room, languages) == chosen
+    assert choose_batch(seconds, limits(max_utterances=room), languages) == chosen
+
+
+def limits(**changes: float) -> BatchLimits:
+    bounds = {"max_utterances": 4, "max_seconds": 120.0, "max_wait_seconds": 5.0, "max_requests": 100}
+    return BatchLimits(**({"max_waiting_seconds": 100.0} | bounds | changes))  # type: ignore[arg-type]
 
 
 class Recorder:
@@ -163,13 +171,10 @@ class Held:
         return [str(len(one)) for one in samples]
 
 
-def batcher(recognise: Held, **limits: float) -> tuple[Batcher, Recorder]:
-    bounds = {"max_utterances": 4, "max_wait_seconds": 5.0, "max_requests": 100, "max_waiting_seconds": 100.0} | limits
+def batcher(recognise: Held, **changes: float) -> tuple[Batcher, Recorder]:
     recorder = Recorder()
-    return (
-        Batcher(recognise, ThreadPoolExecutor(1), BatchLimits(**bounds), recorder),  # type: ignore[arg-type]
-        recorder,
-    )
+    queue = Batcher(recognise, lambda seconds: seconds, ThreadPoolExecutor(1), limits(**changes), recorder)
+    return queue, recorder
 
 
 def samples(count: int) -> Samples:

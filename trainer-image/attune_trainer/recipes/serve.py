@@ -31,6 +31,8 @@ from attune_trainer.store import Store, fetch_model
 _log = logging.getLogger(__name__)
 
 _DECODING_THREADS = 2
+_CPU_BATCH_SECONDS = 120.0
+_GPU_BATCH_SECONDS = 960.0
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ class LoadedModel:
 
     Attributes:
         transcribe: float32 samples at 16 kHz and their language, where it is known -> texts, in the same order.
+        padded_seconds: length of a clip -> the length that it is padded to.
+        max_batch_seconds: of padded audio, what the device takes at once.
         languages: ISO 639-1 codes that it may be told.
     """
 
     transcribe: Callable[[list[Samples], str | None], list[str]]
+    padded_seconds: Callable[[float], float]
+    max_batch_seconds: float
     languages: tuple[str, ...]
 
 
@@ -59,6 +65,7 @@ def load_model(settings: ServeSettings, directory: Path) -> LoadedModel:
     import torch  # noqa: PLC0415
 
     from attune_trainer.modeling import load_recognizer  # noqa: PLC0415
+    from attune_trainer.modeling.buckets import choose_bucket  # noqa: PLC0415
 
     torch.set_num_threads(usable_processors(os.environ))
     imported = monotonic()
@@ -79,7 +86,17 @@ def load_model(settings: ServeSettings, directory: Path) -> LoadedModel:
     def transcribe(samples: list[Samples], language: str | None) -> list[str]:
         return recognizer.transcribe(samples, settings.max_batch_utterances, language)
 
-    return LoadedModel(transcribe, read_languages(path, recognizer.artifact.language))
+    def padded_seconds(seconds: float) -> float:
+        whole, rest = divmod(seconds, recognizer.window_seconds)
+        return whole * recognizer.window_seconds + choose_bucket(rest, recognizer.buckets)
+
+    device_bound = _GPU_BATCH_SECONDS if recognizer.device.type == "cuda" else _CPU_BATCH_SECONDS
+    return LoadedModel(
+        transcribe,
+        padded_seconds,
+        settings.max_batch_seconds or device_bound,
+        read_languages(path, recognizer.artifact.language),
+    )
 
 
 def read_languages(model_directory: Path, own_language: str | None = None) -> tuple[str, ...]:
@@ -153,12 +170,13 @@ async def serve(settings: ServeSettings, load: Callable[[], LoadedModel]) -> boo
         model = await loop.run_in_executor(worker, load)
         limits = BatchLimits(
             max_utterances=settings.max_batch_utterances,
+            max_seconds=model.max_batch_seconds,
             max_wait_seconds=settings.max_batch_wait_seconds,
             max_requests=settings.max_requests,
             max_waiting_seconds=settings.max_waiting_audio_seconds,
         )
         service.languages = model.languages
-        service.batcher = Batcher(model.transcribe, worker, limits, service.metrics)
+        service.batcher = Batcher(model.transcribe, model.padded_seconds, worker, limits, service.metrics)
         if service.phase is Phase.LOADING:
             service.enter(Phase.READY)
         await service.batcher.run()

@@ -42,6 +42,7 @@ class BatchLimits:
     """Bounds on a batch and on what may wait for one."""
 
     max_utterances: int  # in a batch
+    max_seconds: float  # in a batch, as padded for the model
     max_wait_seconds: float  # for requests that are on their way, before a batch starts without them
     max_requests: int  # accepted and not yet answered
     max_waiting_seconds: float  # of audio in the queue
@@ -61,23 +62,30 @@ class Waiting:
         return len(self.samples) / SAMPLE_RATE
 
 
-def choose_batch(
-    seconds: Sequence[float], max_utterances: int, languages: Sequence[str | None] | None = None
-) -> list[int]:
+def choose_batch(seconds: Sequence[float], limits: BatchLimits, languages: Sequence[str | None]) -> list[int]:
     """Chooses which of the waiting utterances are transcribed next, as indices into seconds (oldest first).
 
     The oldest always goes, so none starves; with it go those of its language and of like length, nearest first,
-    because those take about as long: [3, 25, 4, 3.1] and room for 2 -> [0, 3].
+    because those take about as long: [3, 25, 4, 3.1] and room for 2 -> [0, 3]. The batch costs its number times its
+    longest, and stays within limits.max_seconds: four of 30 s fit in 120 s.
     """
     oldest = max(seconds[0], _LIKE_ANYWAY_SECONDS)
     distances = {
         index: max(oldest, length) / min(oldest, length)
         for index, length in enumerate(max(value, _LIKE_ANYWAY_SECONDS) for value in seconds)
-        if index and (languages is None or languages[index] == languages[0])
+        if index and languages[index] == languages[0]
     }
-    alike = [index for index, distance in distances.items() if distance <= _LIKE_LENGTH]
-    alike.sort(key=lambda index: (distances[index], index))
-    return sorted([0, *alike[: max_utterances - 1]])
+    chosen, longest = [0], seconds[0]
+    for index in sorted(distances, key=lambda index: (distances[index], index)):
+        longest = max(longest, seconds[index])
+        if (
+            distances[index] > _LIKE_LENGTH
+            or len(chosen) >= limits.max_utterances
+            or (len(chosen) + 1) * longest > limits.max_seconds
+        ):
+            break
+        chosen.append(index)
+    return sorted(chosen)
 
 
 @dataclass
@@ -86,10 +94,12 @@ class Batcher:
 
     Attributes:
         recognise: samples and their language -> texts, in the same order; runs on the worker, one call at a time.
+        padded_seconds: length of a clip -> what the model makes of it: 30 for every clip that is padded to the window.
         worker: an executor with a single thread.
     """
 
     recognise: Callable[[list[Samples], str | None], list[str]]
+    padded_seconds: Callable[[float], float]
     worker: Executor
     limits: BatchLimits
     observer: BatchObserver
@@ -159,8 +169,8 @@ class Batcher:
             if not self._queue:
                 continue
             chosen = choose_batch(
-                [item.seconds for item in self._queue],
-                self.limits.max_utterances,
+                [self.padded_seconds(item.seconds) for item in self._queue],
+                self.limits,
                 [item.language for item in self._queue],
             )
             batch = [self._queue[index] for index in chosen]

@@ -32,7 +32,7 @@ class ServeSettings(BaseModel):
 
     model_uri: Uri
     model_digest: Digest | None = None
-    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=253)]
+    model_id: Annotated[str, Field(pattern=r"^[!-~]+$", max_length=253)]
     track: Track
 
     host: str = ""  # every interface, IPv4 and IPv6
@@ -45,6 +45,9 @@ class ServeSettings(BaseModel):
     max_requests: Annotated[int, Field(ge=1)] = 64  # accepted and not yet answered
     max_waiting_audio_seconds: Annotated[float, Field(gt=0)] = 1200
     max_batch_utterances: Annotated[int, Field(ge=1)] = 16
+    # Of audio as padded for the model. Absent: a bound for the device. Where arithmetic is the limit, as on a CPU, a
+    # larger batch is hardly more work done but a longer wait for everyone in it.
+    max_batch_seconds: Annotated[float, Field(gt=0)] | None = None
     max_batch_wait_seconds: Annotated[float, Field(ge=0)] = 0.02
     # After SIGTERM the pod keeps accepting for this long, while endpoints and proxies learn that it is going.
     drain_seconds: Annotated[float, Field(ge=0)] = 5
