@@ -227,6 +227,11 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "a label that no pod may have": (
         "Canary", "template", {"metadata": {"labels": {"team": "speech recognition"}}}, "should match",
     ),
+    "a label that is the operator's": (
+        "Canary", "template", {"metadata": {"labels": {"attune.dev/track": "stable"}}},
+        "labels of attune.dev/ and app.kubernetes.io/managed-by are the operator's",
+    ),
+    "a hostname with an empty part": ("Canary", "traffic.hostnames", ["asr..example.com"], "should match"),
     "a hostname with a path": ("Canary", "traffic.hostnames", ["asr.example.com/v1"], "should match"),
     "a Prometheus address with a query": (
         "Canary", "analysis.prometheus.url", "http://p:9090/?x=1", "should match",
@@ -252,6 +257,18 @@ def test_names_leave_room_for_what_children_append(api: Api, kind: str, longest:
     answer = api.create(build(kind, name="n" * (longest + 1)))
     assert answer.status == 422
     assert f"the name must have at most {longest} characters" in answer.message
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_names_can_be_referred_to(api: Api, kind: str) -> None:
+    assert api.create(build(kind, name="calls-2026q2")).status == 201
+    answer = api.create(build(kind, name="calls.2026q2"))
+    assert answer.status == 422
+    assert "only lower case letters, digits and hyphens" in answer.message
+
+
+def test_a_canary_may_not_begin_with_a_digit_since_services_may_not(api: Api) -> None:
+    assert "the name must begin with a letter" in api.create(build("Canary", name="1st")).message
 
 
 UNCHANGEABLE = [

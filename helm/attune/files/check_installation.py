@@ -31,7 +31,7 @@ def find_problem() -> str | None:
     except OSError as error:
         return f"{ready}: {error}"
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
-    request = urllib.request.Request(  # noqa: S310 (https)
+    request = urllib.request.Request(
         f"https://{f'[{host}]' if ':' in host else host}:{port}/apis/attune.dev/v1alpha1",
         headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"},
     )

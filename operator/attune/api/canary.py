@@ -19,14 +19,31 @@ from attune.contract.base import DecimalString, DnsLabel, between
 
 LabelKey = Annotated[str, Field(min_length=1, max_length=253)]
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
+Hostname = Annotated[
+    str,
+    Field(
+        pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+        min_length=1,
+        max_length=253,
+    ),
+]
 Seconds = Annotated[int, Field(ge=1, le=604800)]
 
 
 class TemplateMetadata(SpecModel):
     """Labels and annotations of the inference pods."""
 
-    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(default={}, description="Labels.")
-    annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=4096)]], Field(max_length=32)] = Field(
+    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(
+        default={},
+        description="Labels, but for those of attune.dev/ and app.kubernetes.io/managed-by, which are the operator's.",
+        json_schema_extra=cel(
+            (
+                "self.all(key, !key.startsWith('attune.dev/') && key != 'app.kubernetes.io/managed-by')",
+                "labels of attune.dev/ and app.kubernetes.io/managed-by are the operator's",
+            )
+        ),
+    )
+    annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=32)] = Field(
         default={}, description="Annotations."
     )
 
@@ -85,7 +102,9 @@ class TemplatePodSpec(SpecModel):
     """The part of a PodSpec that may be given."""
 
     containers: Annotated[list[ServerContainer], Field(max_length=1)] = Field(
-        default=[], description="The container named server."
+        default=[],
+        description="The container named server.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] | None = Field(
         default=None, description="Labels that a node must have."
@@ -135,10 +154,9 @@ class Traffic(SpecModel):
 
     provider: Provider = Field(default=Provider.GATEWAY_API, description="GatewayApi: an HTTPRoute with weights.")
     gateway_ref: GatewayRef = Field(description="The Gateway that the HTTPRoute attaches to.")
-    hostnames: Annotated[
-        list[Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)]],
-        Field(min_length=1, max_length=16),
-    ] = Field(description="Hostnames of the route.", json_schema_extra={"x-kubernetes-list-type": "set"})
+    hostnames: Annotated[list[Hostname], Field(min_length=1, max_length=16)] = Field(
+        description="Hostnames of the route.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    )
 
 
 class Pause(SpecModel):
@@ -375,6 +393,10 @@ class Canary(Resource):
     )
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 40", "the name must have at most 40 characters"),
+        (
+            "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            "the name must begin with a letter and hold only lower case letters, digits and hyphens: it names Services",
+        ),
     )
 
     spec: CanarySpec

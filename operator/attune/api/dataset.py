@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from attune.api.meta import PodResources, Resource, SecretRef, SpecModel, Status, StatusModel, cel
+from attune.api.meta import NAME_IS_A_LABEL, PodResources, Resource, SecretRef, SpecModel, Status, StatusModel, cel
 from attune.contract.base import DecimalString, Uri, between
 from attune.contract.job import SourceFormat, SplitBy
 
@@ -199,6 +199,7 @@ class Dataset(Resource):
     )
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
+        NAME_IS_A_LABEL,
     )
 
     spec: DatasetSpec

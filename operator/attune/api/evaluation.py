@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from attune.api.meta import (
+    NAME_IS_A_LABEL,
     LocalRef,
     ModelSource,
     PodResources,
@@ -163,6 +164,7 @@ class Evaluation(Resource):
     )
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
+        NAME_IS_A_LABEL,
     )
 
     spec: EvaluationSpec

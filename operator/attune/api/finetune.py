@@ -4,7 +4,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from attune.api.meta import IMMUTABLE, LocalRef, PodResources, Resource, SpecModel, Status, StatusModel, cel
+from attune.api.meta import (
+    IMMUTABLE,
+    NAME_IS_A_LABEL,
+    LocalRef,
+    PodResources,
+    Resource,
+    SpecModel,
+    Status,
+    StatusModel,
+    cel,
+)
 from attune.contract.base import DecimalString, Uri
 from attune.contract.training import (
     Checkpointing,
@@ -153,6 +163,7 @@ class FineTune(Resource):
     )
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
+        NAME_IS_A_LABEL,
     )
 
     spec: FineTuneSpec

@@ -24,6 +24,12 @@ def cel(*rules: tuple[str, str]) -> dict[str, Any]:
 
 IMMUTABLE = ("self == oldSelf", "is immutable: create a new resource instead")
 
+# References name an object by a DNS label; one with a dot in its name could never be referred to.
+NAME_IS_A_LABEL = (
+    "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+    "the name must hold only lower case letters, digits and hyphens",
+)
+
 
 class SpecModel(ContractModel):
     """Part of a spec: camelCase, frozen, unknown keys refused."""
@@ -154,6 +160,4 @@ class Resource(BaseModel):
 
     def owner(self) -> Owner:
         """This resource as its Jobs know it."""
-        return Owner(
-            kind=self.KIND, namespace=self.metadata.namespace, name=self.metadata.name, uid=self.metadata.uid
-        )
+        return Owner(kind=self.KIND, namespace=self.metadata.namespace, name=self.metadata.name, uid=self.metadata.uid)
