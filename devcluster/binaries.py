@@ -104,7 +104,11 @@ def programs() -> tuple[Program, ...]:
             versions.KUBERNETES,
             {name: f"k8s.io/kubernetes/cmd/{name}" for name in kubernetes},
             tuple(
-                Release(url := f"https://dl.k8s.io/v{versions.KUBERNETES}/bin/linux/{arch}/{name}", f"{url}.sha256", {name: ""})
+                Release(
+                    url := f"https://dl.k8s.io/v{versions.KUBERNETES}/bin/linux/{arch}/{name}",
+                    f"{url}.sha256",
+                    {name: ""},
+                )
                 for name in kubernetes
             ),
             # Without these the server says it is v0.0.0, and clients believe it.
@@ -248,7 +252,9 @@ def fetch_release(release: Release, folder: Path) -> None:
         with urllib.request.urlopen(release.sums, timeout=DOWNLOAD_SECONDS) as answer:  # noqa: S310
             sums = answer.read().decode()
     except OSError as error:
-        raise ClusterError(f"downloading {release.url} failed: {error}; ATTUNE_BINARIES=build builds it instead") from error
+        raise ClusterError(
+            f"downloading {release.url} failed: {error}; ATTUNE_BINARIES=build builds it instead"
+        ) from error
     check_sum(archive, release.url.rpartition("/")[2], sums)
     if tarfile.is_tarfile(archive):
         with tarfile.open(archive) as opened:
@@ -264,7 +270,7 @@ def fetch_release(release: Release, folder: Path) -> None:
 
 
 def check_sum(file: Path, name: str, sums: str) -> None:
-    """Compare a file with a list of sums: lines "SUM  NAME", or a bare sum; ClusterError if it differs or is missing."""
+    """Compare a file with a list of sums (lines "SUM  NAME", or a bare sum); ClusterError if they do not agree."""
     lines = [line.split() for line in sums.splitlines() if line.strip()]
     expected = next((line[0] for line in lines if len(line) == 1 or line[-1].lstrip("*") == name), None)
     if expected is None:
@@ -335,4 +341,6 @@ def _build(program: Program, names: list[str], folder: Path, current: Step) -> N
                 current.at(f"{compiled} of at most {total} packages compiled")
         code = build.wait()
     if code:
-        raise ClusterError(f"go build of {', '.join(names)} failed with exit code {code}; the end of {log}:\n{tail(log)}")
+        raise ClusterError(
+            f"go build of {', '.join(names)} failed with exit code {code}; the end of {log}:\n{tail(log)}"
+        )

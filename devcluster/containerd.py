@@ -6,7 +6,10 @@ import subprocess
 
 from devcluster.errors import ClusterError
 from devcluster.node import Node
-from devcluster.oci import Image
+from devcluster.oci import Blob, Image
+
+# Smaller ones travel with the archive.
+LARGE = 64 << 20
 
 
 def has(node: Node, image: Image) -> bool:
@@ -21,7 +24,10 @@ def load(node: Node, image: Image) -> int:
     """Import and unpack an image unless the node has it; the number of bytes that had to be moved."""
     if has(node, image):
         return 0
-    known = subprocess.run(node.ctr("content", "list", "--quiet"), capture_output=True, text=True, check=False).stdout
+    known = _known(node)
+    for blob in image.blobs:
+        if blob.digest not in known and blob.size >= LARGE and _adopt(node, blob):
+            known.add(blob.digest)
     process = subprocess.Popen(
         node.ctr("images", "import", "--local", "-"),
         stdin=subprocess.PIPE,
@@ -30,10 +36,11 @@ def load(node: Node, image: Image) -> int:
     )
     assert process.stdin is not None  # noqa: S101 - PIPE
     assert process.stdout is not None  # noqa: S101 - PIPE
-    moved, broken = 0, None
+    moved = 0
+    broken: BrokenPipeError | None = None
     try:
         with process.stdin:
-            moved = image.write_archive(process.stdin, without=set(known.split()))
+            moved = image.write_archive(process.stdin, without=known)
     except BrokenPipeError as error:
         # What ctr says about it is the better message.
         broken = error
@@ -41,3 +48,37 @@ def load(node: Node, image: Image) -> int:
     if process.wait() or broken:
         raise ClusterError(f"containerd did not take the image {image.name}: {said}")
     return moved
+
+
+def _known(node: Node) -> set[str]:
+    """The digests of the content that containerd has."""
+    listed = subprocess.run(node.ctr("content", "list", "--quiet"), capture_output=True, text=True, check=False)
+    return set(listed.stdout.split())
+
+
+def _adopt(node: Node, blob: Blob) -> bool:
+    """Give containerd a file of the cache by a second name instead of a copy; False where that cannot be done.
+
+    containerd shares content between its namespaces: what lies in its store under the right digest, it takes for its
+    own without reading it again.
+    """
+    if blob.file is None:
+        return False
+    kind, _, digest = blob.digest.partition(":")
+    place = node.folder / "containerd" / "io.containerd.content.v1.content" / "blobs" / kind / digest
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.hardlink_to(blob.file)
+    except FileExistsError:
+        pass
+    except OSError:
+        # The cache lies on another file system.
+        return False
+    expected = ("--expected-digest", blob.digest, "--expected-size", str(blob.size))
+    ingested = subprocess.run(
+        node.ctr("content", "ingest", *expected, f"attune-{digest}"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    return ingested.returncode == 0

@@ -79,11 +79,19 @@ class ControlPlane:
         authority, ports = self.authority, self.ports()
         authority.ensure()
         self.logs.mkdir(parents=True, exist_ok=True)
-        names = ("localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
+        names = (
+            "localhost",
+            "kubernetes",
+            "kubernetes.default",
+            "kubernetes.default.svc",
+            "kubernetes.default.svc.cluster.local",
+        )
         addresses = sorted({"127.0.0.1", KUBERNETES_SERVICE, self.address})
         hosts = [*(f"DNS:{name}" for name in names), *(f"IP:{address}" for address in addresses)]
         certificate, key = authority.issue("apiserver", common_name="kube-apiserver", hosts=hosts)
-        kubelet_client = authority.issue("apiserver-kubelet", common_name="kube-apiserver-kubelet", group="system:masters")
+        kubelet_client = authority.issue(
+            "apiserver-kubelet", common_name="kube-apiserver-kubelet", group="system:masters"
+        )
         authority.write_kubeconfig(
             self.kubeconfig, server=self.server, common_name="kubernetes-admin", group="system:masters"
         )
@@ -154,7 +162,9 @@ class ControlPlane:
 
         def ready() -> bool:
             if supervised.identity() is None:
-                raise ClusterError(f"the control plane ended; the end of its log:\n{tail(supervised.folder / 'supervisor.log')}")
+                raise ClusterError(
+                    f"the control plane ended; the end of its log:\n{tail(supervised.folder / 'supervisor.log')}"
+                )
             return (
                 self.get("/readyz") is not None
                 and self.get("/api/v1/namespaces/default/serviceaccounts/default") is not None
@@ -169,7 +179,9 @@ class ControlPlane:
     def get(self, path: str) -> bytes | None:
         """What the API server answers the administrator at `path`; None while it does not answer with success."""
         context = ssl.create_default_context(cafile=str(self.authority.certificate))
-        context.load_cert_chain(*self.authority.issue("kubeconfig", common_name="kubernetes-admin", group="system:masters"))
+        context.load_cert_chain(
+            *self.authority.issue("kubeconfig", common_name="kubernetes-admin", group="system:masters")
+        )
         # Proxies of the environment are for the world outside.
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)

@@ -36,7 +36,11 @@ SYSCTLS = {
     "net/bridge/bridge-nf-call-iptables": "1",
 }
 # The plugin that publishes ports on the loopback address turns these on, and on the bridge, which goes anyway.
-WATCHED_SYSCTLS = ("net/ipv4/conf/lo/route_localnet", "net/ipv4/conf/all/route_localnet", "net/netfilter/nf_conntrack_max")
+WATCHED_SYSCTLS = (
+    "net/ipv4/conf/lo/route_localnet",
+    "net/ipv4/conf/all/route_localnet",
+    "net/netfilter/nf_conntrack_max",
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ def hierarchies() -> list[Path]:
     """The roots of the control group hierarchies: one with version 2, one for each controller with version 1."""
     if (CGROUP_ROOT / "cgroup.controllers").exists():
         return [CGROUP_ROOT]
-    found = [folder for folder in CGROUP_ROOT.iterdir() if not folder.is_symlink() and (folder / "cgroup.procs").exists()]
+    found = [
+        folder for folder in CGROUP_ROOT.iterdir() if not folder.is_symlink() and (folder / "cgroup.procs").exists()
+    ]
     return sorted(found)
 
 
@@ -195,14 +201,14 @@ def rules_left() -> list[str]:
 def remove_rules() -> None:
     """Remove the node's tables; from tables shared with others, its chains and the rules that jump to them."""
     ruleset = _ruleset()
-    commands = []
-    for entry in ruleset:
-        if (table := entry.get("table")) and table["name"] in TABLES:
-            commands.append(f"delete table {table['family']} {table['name']}")
-    chains = []
-    for entry in ruleset:
-        if (chain := entry.get("chain")) and CHAINS.match(str(chain["name"])) and chain["table"] not in TABLES:
-            chains.append(f"{chain['family']} {chain['table']} {chain['name']}")
+    tables = [entry["table"] for entry in ruleset if "table" in entry]
+    commands = [f"delete table {table['family']} {table['name']}" for table in tables if table["name"] in TABLES]
+    every_chain = [entry["chain"] for entry in ruleset if "chain" in entry]
+    chains = [
+        f"{chain['family']} {chain['table']} {chain['name']}"
+        for chain in every_chain
+        if CHAINS.match(str(chain["name"])) and chain["table"] not in TABLES
+    ]
     jumps = []
     for entry in ruleset:
         rule = entry.get("rule")
@@ -213,7 +219,7 @@ def remove_rules() -> None:
     commands += [f"delete chain {chain}" for chain in chains]
     if commands:
         run("nft", "-f", "-", text="\n".join(commands) + "\n")
-    _remove_empty_tables(ruleset, {chain.rpartition(" ")[0] for chain in chains})
+    _remove_empty_tables({chain.rpartition(" ")[0] for chain in chains})
 
 
 def _jumps(expression: object) -> bool:
@@ -221,12 +227,14 @@ def _jumps(expression: object) -> bool:
     if isinstance(expression, list):
         return any(_jumps(part) for part in expression)
     if isinstance(expression, dict):
-        targets = [expression[verb].get("target", "") for verb in ("jump", "goto") if isinstance(expression.get(verb), dict)]
+        targets = [
+            expression[verb].get("target", "") for verb in ("jump", "goto") if isinstance(expression.get(verb), dict)
+        ]
         return any(CHAINS.match(target) for target in targets) or any(_jumps(part) for part in expression.values())
     return False
 
 
-def _remove_empty_tables(before: list[dict[str, dict[str, object]]], touched: set[str]) -> None:
+def _remove_empty_tables(touched: set[str]) -> None:
     """Remove the tables that held our chains and now hold nothing but empty base chains, as iptables leaves them."""
     after = _ruleset()
     rules = {f"{entry['rule']['family']} {entry['rule']['table']}" for entry in after if "rule" in entry}

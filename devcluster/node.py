@@ -1,4 +1,4 @@
-"""One real node: containerd, kubelet, kube-proxy and the control plane, in mount and process namespaces of their own."""
+"""One real node: containerd, kubelet, kube-proxy, control plane, in mount and process namespaces of their own."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Node:
 
     @property
     def socket(self) -> Path:
-        """containerd's socket."""
+        """Containerd's socket."""
         return self.folder / "run" / "containerd.sock"
 
     @property
     def kubectl(self) -> Kubectl:
-        """kubectl as the administrator of this node."""
+        """Kubectl as the administrator of this node."""
         return Kubectl(self.plane.kubeconfig)
 
     def ctr(self, *arguments: str) -> list[str]:
@@ -88,7 +88,14 @@ class Node:
 
     def binds(self) -> tuple[tuple[str, str], ...]:
         """The folders that programs insist on, each backed by one of ours inside the node's mount namespace."""
-        targets = ("/run/containerd", "/run/netns", "/var/log/pods", "/var/log/containers", "/var/lib/cni", "/var/lib/kubelet")
+        targets = (
+            "/run/containerd",
+            "/run/netns",
+            "/var/log/pods",
+            "/var/log/containers",
+            "/var/lib/cni",
+            "/var/lib/kubelet",
+        )
         return tuple((str(self.folder / "host" / target.strip("/").replace("/", "-")), target) for target in targets)
 
     def start(self) -> None:

@@ -19,6 +19,7 @@ INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 # Not compressed: packing and unpacking would take longer than copying, and nothing leaves the machine.
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 COPY = 1 << 20
+TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 NAME_ANNOTATION = "io.containerd.image.name"
 
 
@@ -90,10 +91,12 @@ class Image:
         return cls(name, manifest, (config, *layers))
 
     @classmethod
-    def of_layout(cls, name: str, layout: Path) -> Image:
-        """The only image in an OCI layout folder, under a name of our choice."""
+    def of_layout(cls, name: str, layout: Path, tag: str) -> Image:
+        """The image of a tag in an OCI layout folder, under a name of our choice."""
         index = json.loads((layout / "index.json").read_text())
-        described = index["manifests"][-1]
+        described = next(
+            entry for entry in index["manifests"] if entry.get("annotations", {}).get(TAG_ANNOTATION) == tag
+        )
 
         def blob(descriptor: Mapping[str, Any]) -> Blob:
             file = layout / "blobs" / descriptor["digest"].replace(":", "/")
@@ -112,7 +115,8 @@ class Image:
             "manifests": [self.manifest.descriptor(MANIFEST_TYPE, annotations={NAME_ANNOTATION: self.name})],
         }
         written = 0
-        with tarfile.open(fileobj=output, mode="w|", format=tarfile.GNU_FORMAT, bufsize=COPY, copybufsize=COPY) as archive:
+        with tarfile.open(fileobj=output, mode="w|", format=tarfile.GNU_FORMAT, bufsize=COPY) as archive:
+            archive.copybufsize = COPY  # type: ignore[attr-defined]
             _add(archive, "oci-layout", Blob.of_bytes(_json({"imageLayoutVersion": "1.0.0"})))
             for blob in {blob.digest: blob for blob in (*self.blobs, self.manifest)}.values():
                 if blob.digest not in without:

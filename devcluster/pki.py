@@ -54,7 +54,17 @@ class Authority:
         if not self.certificate.exists():
             _key(self.folder / "ca.key")
             _openssl(
-                *("req", "-x509", "-new", "-key", str(self.folder / "ca.key"), "-days", DAYS, "-subj", "/CN=devcluster"),
+                *(
+                    "req",
+                    "-x509",
+                    "-new",
+                    "-key",
+                    str(self.folder / "ca.key"),
+                    "-days",
+                    DAYS,
+                    "-subj",
+                    "/CN=devcluster",
+                ),
                 *("-addext", "keyUsage=critical,keyCertSign,digitalSignature", "-out", str(self.certificate)),
             )
 

@@ -22,9 +22,9 @@ def say(line: str) -> None:
 
 def seconds(elapsed: float) -> str:
     """A duration as people read it: 4.2 -> "4.2 s", 75 -> "1 min 15 s"."""
-    if elapsed < 60:
-        return f"{elapsed:.1f} s"
     minutes, rest = divmod(round(elapsed), 60)
+    if not minutes:
+        return f"{elapsed:.1f} s"
     return f"{minutes} min {rest:02d} s"
 
 

