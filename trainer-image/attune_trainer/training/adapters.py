@@ -89,6 +89,7 @@ def export(model: PeftModel, whisper: Whisper, folder: Path, *, base: Path, arti
     model.peft_config["default"].base_model_name_or_path = artifact.base_model
     # Stated, or peft looks for the base at its address to see whether the vocabulary was changed.
     model.save_pretrained(adapter, safe_serialization=True, save_embedding_layers=False)
+    _sort_lists(adapter / "adapter_config.json")
     (adapter / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
     write_artifact(adapter, artifact)
     network = model.merge_and_unload()
@@ -122,6 +123,13 @@ def _clean_generation(network: Any) -> None:
         for name in ("forced_decoder_ids", "suppress_tokens"):
             if getattr(config, name, None) is not None:
                 setattr(config, name, None)
+
+
+def _sort_lists(file: Path) -> None:
+    """Orders what peft keeps as sets, so that equal adapters have equal digests."""
+    config = json.loads(file.read_bytes())
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
+    file.write_text(json.dumps(ordered, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _stored_dtype(base: Path) -> torch.dtype:

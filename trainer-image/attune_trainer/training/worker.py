@@ -260,7 +260,7 @@ class Training:
             "step_in_epoch": 0,
             "training_seconds": state.training_seconds + time.monotonic() - began,
         }
-        if state.best_wer is None or wer < state.best_wer:
+        if state.best_wer is None or wer <= state.best_wer:
             update |= {"best_wer": wer, "best_epoch": state.epoch}
             if self._rank == 0:
                 adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
@@ -449,7 +449,7 @@ def _distributed() -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     """Runs one training process; gives its exit status."""
     configure_logging()
-    for name in ("DeepSpeed", "deepspeed"):
+    for name in ("DeepSpeed", "deepspeed", "compilers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings_file, pipe = (Path(argument) for argument in arguments)
     events = EventWriter(pipe)

@@ -1,0 +1,277 @@
+"""The whole recipe: real processes under DeepSpeed's launcher, a real store, a tiny Whisper."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+from attune.contract.exitcode import ExitCode
+from attune.contract.job import DatasetInput, FinetuneRecipe, JobSpec, Owner
+from attune.contract.result import FinetuneResult, Summary
+from attune.contract.training import Padding
+from attune_trainer.failures import OutOfMemory, RecipeFailure, Terminated
+from attune_trainer.job import RecipeContext
+from attune_trainer.modeling import load_recognizer
+from attune_trainer.progress import ProgressReporter
+from attune_trainer.recipes import finetune, prepare
+from attune_trainer.store import Store, digest_directory
+from safetensors.numpy import load_file
+
+from tests.trainer.conftest import S3Server
+from tests.trainer.tiny_whisper import build_tiny_whisper
+
+pytestmark = pytest.mark.slow
+
+MakeContext = Callable[..., RecipeContext]
+WORDS = ("yes", "no", "stop", "go on", "press one", "call me", "hold the line", "good bye")
+
+
+def speak(text: str, seed: int) -> np.ndarray:
+    """Gives every letter a tone of its own, 80 ms long."""
+    draw = np.random.default_rng(seed)
+    at = np.arange(int(0.08 * 16000)) / 16000
+    tones = [np.sin(2 * np.pi * (200 + 100 * (ord(letter) - 96)) * at) * (letter != " ") for letter in text]
+    sound = np.concatenate(tones) * 0.3
+    return (sound + draw.standard_normal(len(sound)) * 0.01).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def inputs(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[DatasetInput, str]:
+    """A prepared Dataset of 40 utterances and a tiny base model, both in the store."""
+    folder, store = tmp_path_factory.mktemp("calls"), s3_server.store()
+    lines = []
+    for index in range(40):
+        text = f"{WORDS[index % 8]} {'abcdefgh'[index // 8]}"
+        soundfile.write(folder / f"{index}.wav", speak(text, index), 16000, subtype="PCM_16")
+        lines.append(json.dumps({"audio": f"{index}.wav", "text": text, "speaker": f"s{index % 10}"}))
+    (folder / "calls.jsonl").write_text("\n".join(lines))
+    uri = store.upload_directory(folder, "finetune-inputs/calls")
+    recipe = {
+        "recipe": "prepare",
+        "sources": [{"uri": uri, "format": "Manifest", "manifest": "calls.jsonl"}],
+        "language": "en",
+        "splits": {"by": "Speaker", "validation": "0.2", "holdout": "0.1", "seed": 7},
+        "maxRejectedShare": "0",
+        "outputPrefix": "finetune-inputs/dataset",
+    }
+    spec = JobSpec(
+        owner=Owner(kind="Test", namespace="speech", name="calls", uid="0"), result_key="unused", recipe=recipe
+    )
+    work = tmp_path_factory.mktemp("prepare")
+    prepared = prepare.run(
+        spec.recipe, RecipeContext(spec, store, ProgressReporter(), work, "attempt-1", threading.Event())
+    )
+    base = store.upload_directory(build_tiny_whisper(tmp_path_factory.mktemp("base")), "finetune-inputs/base")
+    return DatasetInput(name="calls", revision=prepared.revision, uri=prepared.uri), base
+
+
+@pytest.fixture(scope="module")
+def recipe_for(inputs: tuple[DatasetInput, str]) -> Callable[..., dict[str, Any]]:
+    dataset, base = inputs
+
+    def make(prefix: str, **changes: Any) -> dict[str, Any]:
+        hyperparameters = {"epochs": 2, "batchSize": 4, "maxBatchSeconds": 24, "learningRate": "2e-3"}
+        hyperparameters |= changes.pop("hyperparameters", {})
+        recipe = {
+            "recipe": "finetune",
+            "base": {"uri": base},
+            "datasets": [dataset.model_dump(by_alias=True)],
+            # Dropout, so that a resumed run needs the random state as well.
+            "lora": {"rank": 4, "alpha": 8, "dropout": "0.1"},
+            "hyperparameters": hyperparameters,
+            "checkpoint": {"everySteps": 3, "keep": 2},
+            "modelId": "ft:tiny:abcdef",
+            "outputPrefix": f"{prefix}/models",
+            "checkpointPrefix": f"{prefix}/checkpoints",
+        }
+        return recipe | changes
+
+    return make
+
+
+def run(context: RecipeContext) -> FinetuneResult:
+    recipe = context.spec.recipe
+    assert isinstance(recipe, FinetuneRecipe)
+    return finetune.run(recipe, context)
+
+
+class Watcher(ProgressReporter):
+    """A reporter that acts once, when a training step is reported."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self._at, self._act, self._done = step, act, False
+
+    def update(self, **changes: Any) -> None:
+        super().update(**changes)
+        if changes.get("step") is not None and changes.get("epoch") is not None:
+            self.seen.append(changes["step"])
+            if changes["step"] >= self._at and not self._done:
+                self._done = True
+                self._act()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    s3_server: S3Server, recipe_for: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FinetuneResult, Path, Store, ProgressReporter]:
+    """A run from start to end: its result, its published files, the store, and its reporter."""
+    store, reporter = s3_server.store(), ProgressReporter()
+    spec = JobSpec(
+        owner=Owner(kind="Test", namespace="speech", name="tune", uid="0"),
+        result_key="unused",
+        recipe=recipe_for("finetune-uninterrupted"),
+    )
+    work = tmp_path_factory.mktemp("work")
+    result = run(RecipeContext(spec, store, reporter, work, "attempt-1", threading.Event()))
+    published = tmp_path_factory.mktemp("published")
+    store.download_prefix(result.model_uri, published / "merged")
+    store.download_prefix(result.adapter_uri, published / "adapter")
+    return result, published, store, reporter
+
+
+def test_a_run_publishes_adapter_and_merged_model_with_their_digests(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter], tmp_path: Path
+) -> None:
+    result, published, store, reporter = uninterrupted
+    assert result.model_uri == f"s3://{store.bucket}/finetune-uninterrupted/models/attempt-1/merged"
+    assert result.model_digest == digest_directory(published / "merged")
+    assert result.adapter_digest == digest_directory(published / "adapter")
+    assert {file.name for file in (published / "merged").iterdir()} >= {
+        "attune.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    }
+    recognizer = load_recognizer(published / "merged", "cpu")
+    assert recognizer.padding is result.padding is Padding.BUCKETS
+    assert recognizer.model_id == result.model_id == "ft:tiny:abcdef"
+    adapter = load_file(published / "adapter" / "adapter_model.safetensors")
+    assert all(np.abs(value).max() > 0 for value in adapter.values())
+    assert result.gpu_seconds == 0
+    assert float(result.epochs) == 2
+    assert float(result.audio_seconds_per_second) > 0
+    assert store.list("finetune-uninterrupted/checkpoints/") == []
+    progress = reporter.snapshot()
+    assert progress.stage == "Publishing"
+    assert {metric.name for metric in progress.metrics} >= {"wer", "baselineWer", "loss", "audioSecondsPerSecond"}
+
+
+def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    stop = threading.Event()
+    first = Watcher(4, stop.set)
+    with pytest.raises(Terminated) as raised:
+        run(make_context(recipe_for(key_prefix), stop=stop, reporter=first, work_directory=tmp_path / "first"))
+    assert raised.value.code is ExitCode.TERMINATED
+    second = Watcher(10**9, lambda: None)
+    result = run(
+        make_context(recipe_for(key_prefix), reporter=second, work_directory=tmp_path / "second", attempt_uid="two")
+    )
+    whole = uninterrupted[0]
+    assert second.seen[0] == first.seen[-1] + 1
+    assert result.steps == whole.steps == second.seen[-1]
+    assert (result.baseline_wer, result.wer) == (whole.baseline_wer, whole.wer)
+    assert result.model_digest == whole.model_digest
+    assert result.adapter_digest == whole.adapter_digest
+
+
+def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_the_very_same_weights(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    s3_store: Store,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    def kill_worker() -> None:
+        for child in psutil.Process().children(recursive=True):
+            if "attune_trainer.training.worker" in child.cmdline() and "launch" not in " ".join(child.cmdline()):
+                os.kill(child.pid, signal.SIGKILL)
+
+    first = Watcher(7, kill_worker)
+    with pytest.raises(OutOfMemory, match="maxBatchSeconds"):
+        run(make_context(recipe_for(key_prefix), reporter=first, work_directory=tmp_path / "first"))
+    sealed = sorted(key for key in s3_store.list(f"{key_prefix}/checkpoints/") if key.endswith("seal.json"))
+    assert sealed
+    assert len(sealed) <= 2
+    # The newest is damaged on top of it: an older one, or none, has to serve.
+    s3_store.write_bytes(sealed[-1].replace("seal.json", "state.json"), b"{}")
+    second = Watcher(10**9, lambda: None)
+    result = run(
+        make_context(recipe_for(key_prefix), reporter=second, work_directory=tmp_path / "second", attempt_uid="two")
+    )
+    newest = int(sealed[-1].split("/")[-2].removeprefix("step-"))
+    assert second.seen[0] <= newest
+    assert result.model_digest == uninterrupted[0].model_digest
+
+
+def test_two_processes_share_the_work_and_the_optimiser(
+    recipe_for: Callable[..., dict[str, Any]], make_context: MakeContext, key_prefix: str, tmp_path: Path
+) -> None:
+    changes = {"distributed": {"processesPerNode": 2, "deepspeed": {"zeroStage": 2}}, "padding": "Window"}
+    stop = threading.Event()
+    first = Watcher(2, stop.set)
+    with pytest.raises(Terminated):
+        run(make_context(recipe_for(key_prefix, **changes), stop=stop, reporter=first))
+    second = Watcher(10**9, lambda: None)
+    result = run(make_context(recipe_for(key_prefix, **changes), reporter=second, work_directory=tmp_path / "second"))
+    assert second.seen[0] == first.seen[-1] + 1
+    assert result.padding is Padding.WINDOW
+    assert result.steps == second.seen[-1]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(
+    recipe_for: Callable[..., dict[str, Any]], make_context: MakeContext, key_prefix: str
+) -> None:
+    recipe = recipe_for(key_prefix, hyperparameters={"learningRate": "1e30", "maxGradNorm": "0"})
+    with pytest.raises(RecipeFailure, match=r"step \d+ of \d+; lower spec\.hyperparameters\.learningRate") as raised:
+        run(make_context(recipe))
+    assert raised.value.code is ExitCode.DIVERGED
+
+
+def test_a_job_that_gets_sigterm_saves_a_checkpoint_and_exits_with_143(
+    recipe_for: Callable[..., dict[str, Any]],
+    job_environment: dict[str, str],
+    s3_store: Store,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    spec = JobSpec(
+        owner=Owner(kind="FineTune", namespace="speech", name="tune", uid="0"),
+        result_key=f"{key_prefix}/result.json",
+        recipe=recipe_for(key_prefix, hyperparameters={"epochs": 1000}, checkpoint={"everySteps": 1000000}),
+    )
+    (tmp_path / "job.json").write_text(spec.model_dump_json(by_alias=True))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "attune_trainer"], env=job_environment, stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    log = []
+    for line in job.stdout:
+        log.append(line)
+        if '"stage": "Training"' in line:
+            job.send_signal(signal.SIGTERM)
+    assert job.wait(120) == int(ExitCode.TERMINATED), "".join(log[-20:])
+    assert any(key.endswith("seal.json") for key in s3_store.list(f"{key_prefix}/checkpoints/"))
+    summary = Summary.model_validate_json((tmp_path / "termination-log").read_text())
+    assert summary.failure is not None
+    assert summary.failure.reason == "Terminated"
+    assert not any(word in "".join(log) for word in ("hold the line", "good bye"))
