@@ -1,7 +1,9 @@
 """The chart in a real API server: installed, upgraded, rolled back and uninstalled by Helm, its rights exercised."""
 
+import base64
 import copy
 import json
+import re
 import subprocess
 import sys
 import time
@@ -300,6 +302,12 @@ def test_the_operator_works_with_the_charts_rights_alone(
         assert lease["spec"]["holderIdentity"] == "attune-0"
         events = server.get("/api/v1/namespaces/speech/events")["items"]
         assert [one for one in events if one["involvedObject"]["name"] == name]
+        port = re.search(r'"port": (\d+)', log.read_text())
+        assert port is not None
+        assert _check_installation(server, tmp_path, f"http://127.0.0.1:{port[1]}/readyz") == (
+            0,
+            "the operator is ready, and its four kinds are served\n",
+        )
         server.request("DELETE", f"{path}/{name}")
     finally:
         process.terminate()
@@ -308,6 +316,24 @@ def test_the_operator_works_with_the_charts_rights_alone(
     assert code == 0, text
     for word in ("forbidden", "Forbidden", "Refused", "permissions", "Traceback"):
         assert word not in text
+
+
+def _check_installation(server: Server, folder: Path, ready: str) -> tuple[int, str]:
+    """Runs what `helm test` runs, with a pod's surroundings."""
+    document = yaml.safe_load((folder / "kubeconfig").read_text())
+    (folder / "token").write_text(document["users"][0]["user"]["token"])
+    (folder / "ca.crt").write_bytes(base64.b64decode(document["clusters"][0]["cluster"]["certificate-authority-data"]))
+    host, port = server.client.configuration.host.removeprefix("https://").rsplit(":", 1)
+    script = (CHART / "files" / "check_installation.py").read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("/var/run/secrets/kubernetes.io/serviceaccount", str(folder))],
+        env={"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port, "READY_URL": ready},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 def _as_operator(server: Server, folder: Path) -> Path:
