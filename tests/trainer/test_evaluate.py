@@ -140,6 +140,27 @@ def test_a_worse_candidate_is_not_promoted_and_alone_it_asks_for_training(
     assert judged.leaderboard[0].failed_gates[0].startswith("Wer 0.")
 
 
+def test_an_attempt_that_was_cut_off_is_taken_up_where_it_ended(
+    s3_store: Store,
+    uploaded: dict[str, str],
+    corpus: DatasetInput,
+    key_prefix: str,
+    make_context: MakeContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uris = {"base": uploaded["worse"], "missing": s3_store.uri(f"{key_prefix}/later")}
+    with pytest.raises(RecipeFailure, match="candidate missing"):
+        run(make_context(recipe(corpus, uris, key_prefix)))
+    s3_store.upload_directory(ensure_mini_model(), f"{key_prefix}/later")
+    loaded: list[Path] = []
+    load = evaluate.load_recognizer
+    monkeypatch.setattr(evaluate, "load_recognizer", lambda folder: loaded.append(folder) or load(folder))
+    result = run(make_context(recipe(corpus, uris, key_prefix)))
+    assert len(loaded) == 1  # the base was measured by the first attempt
+    assert result.winner == "missing"
+    assert run(make_context(recipe(corpus, uris, key_prefix))) == result
+
+
 def test_the_report_holds_figures_and_no_transcript(
     s3_store: Store,
     uploaded: dict[str, str],

@@ -1,6 +1,7 @@
 """evaluate: candidates x a split -> leaderboard with intervals, winner, verdict, report."""
 
 import gc
+import json
 import logging
 import shutil
 import sys
@@ -14,10 +15,11 @@ import jiwer
 from attune.contract.job import EvaluateCandidate, EvaluateRecipe, SplitBy
 from attune.contract.measures import Metric
 from attune.contract.result import EvaluateResult, LeaderboardRow, Verdict
+from pydantic import TypeAdapter
 
 from attune_trainer.data.dataset import Utterance, fetch_audio, load_manifest, load_split, read_audio, total_seconds
 from attune_trainer.decimals import decimal_string
-from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure, Terminated, is_out_of_memory
+from attune_trainer.failures import InvalidInput, NotFound, OutOfMemory, RecipeFailure, Terminated, is_out_of_memory
 from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.scoring.bootstrap import BootstrapInterval
@@ -41,6 +43,9 @@ class _Heard:
 
     measured: Measured
     confusions: tuple[int, ...]
+
+
+_HEARD: TypeAdapter[_Heard] = TypeAdapter(_Heard)
 
 
 def run(recipe: EvaluateRecipe, context: RecipeContext) -> EvaluateResult:
@@ -114,9 +119,21 @@ def _measure(
     references: Sequence[str],
     language: str,
 ) -> _Heard:
-    """Lets one candidate hear the split; a failure names the candidate."""
+    """Lets one candidate hear the split, or reads what it heard in an attempt before; a failure names the candidate."""
+    key = f"{recipe.output_prefix.rstrip('/')}/measured/{candidate.name}.json"
+    question = {
+        "dataset": recipe.dataset.revision,
+        "split": recipe.split.value,
+        "model": candidate.model.model_dump(by_alias=True, exclude_none=True),
+        "normaliser": NORMALISER,
+    }
     try:
-        return _transcribe_all(candidate, position, recipe, context, utterances, references, language)
+        earlier = _read_measured(context, key, question)
+        if earlier is not None:
+            return earlier
+        heard = _transcribe_all(candidate, position, recipe, context, utterances, references, language)
+        context.publish(key, {"question": question, "heard": _HEARD.dump_python(heard, mode="json")})
+        return heard  # noqa: TRY300 (an else would part it from what it gives)
     except Terminated:
         raise
     except RecipeFailure as failure:
@@ -130,6 +147,22 @@ def _measure(
             f"candidate {candidate.name} needs more memory than the pod has: raise the memory in "
             "spec.resources.limits, or evaluate a smaller model"
         ) from error
+
+
+def _read_measured(context: RecipeContext, key: str, question: dict[str, Any]) -> _Heard | None:
+    """Gives what an attempt that was cut off has left, where it answers the same question."""
+    try:
+        content = json.loads(context.store.read_bytes(key))
+        if content["question"] != question:
+            return None
+        heard = _HEARD.validate_python(content["heard"])
+    except NotFound:
+        return None
+    except (ValueError, KeyError, TypeError):
+        _log.warning("what an earlier attempt left is not readable; measuring again", extra={"key": key})
+        return None
+    _log.info("measured by an earlier attempt", extra={"candidate": heard.measured.name})
+    return heard
 
 
 def _transcribe_all(

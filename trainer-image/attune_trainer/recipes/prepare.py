@@ -38,7 +38,7 @@ from attune_trainer.scoring.normaliser import NORMALISER, normalise
 _log = logging.getLogger(__name__)
 
 # Listed utterances in flight: enough to keep the threads busy, few enough to stop soon.
-_THREADS = max(4, 2 * (os.cpu_count() or 1))
+_THREADS = min(16, max(4, 2 * (os.cpu_count() or 1)))
 _IN_FLIGHT = 4 * _THREADS
 
 
