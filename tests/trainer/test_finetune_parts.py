@@ -67,6 +67,11 @@ class TestBatches:
         assert {batch.bucket for (batch,) in steps} == {3, 4}
         assert 0.25 < share < 0.35
 
+    def test_padded_to_one_window_a_batch_is_bounded_by_its_audio_alone(self) -> None:
+        steps = plan_epoch([3.0] * 40, (30.0,), batch_size=16, max_batch_seconds=30, seed=7, epoch=0)
+        assert [len(batch.members) for (batch,) in steps] == [10] * 4
+        assert {batch.bucket for (batch,) in steps} == {30.0}
+
     def test_a_plan_depends_on_seed_and_epoch_alone(self) -> None:
         seconds = np.random.default_rng(0).uniform(0.3, 20, 100).tolist()
 

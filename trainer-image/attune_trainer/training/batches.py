@@ -5,6 +5,7 @@ Nothing is kept between epochs, so a run that resumes needs only the number of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -40,15 +41,15 @@ def plan_epoch(
 ) -> list[tuple[Batch, ...]]:
     """Plans an epoch: one entry for each optimiser step, with one batch for each process.
 
-    Every utterance is used once. In a step of several processes a batch may be repeated, so that each has one. Padded
-    audio of a batch is at most max_batch_seconds, unless a single utterance is longer. Three tenths of the batches are
-    padded one bucket up.
+    Every utterance is used once. In a step of several processes a batch may be repeated, so that each has one. Audio of
+    a batch, its padding included, is at most max_batch_seconds, unless a single utterance is longer; where all are
+    padded to one window, only the audio itself counts. Three tenths of the batches are padded one bucket up.
 
     Args:
         seconds: duration of each utterance.
         buckets: durations to pad to, ascending.
         batch_size: utterances in a batch, at most.
-        max_batch_seconds: padded audio in a batch, at most.
+        max_batch_seconds: audio in a batch, at most.
         seed: of everything that is drawn here.
         epoch: number of the epoch, from 0.
         processes: how many train together.
@@ -61,17 +62,15 @@ def plan_epoch(
     waiting: list[int] = []
     for bucket in buckets:
         waiting += by_bucket[bucket]
+        longer = any(by_bucket[other] for other in buckets if other > bucket)
         while waiting:
             padded = next_bucket(bucket, buckets) if draw.random() < LONGER_BUCKET_SHARE else bucket
-            room = max(1, min(batch_size, int(max_batch_seconds // padded)))
-            if (
-                len(waiting) < room
-                and bucket != buckets[-1]
-                and any(by_bucket[longer] for longer in buckets if longer > bucket)
-            ):
-                break  # too few for a batch: they go with the next bucket's
-            batches.append(Batch(tuple(waiting[:room]), padded))
-            waiting = waiting[room:]
+            costs = [seconds[index] if len(buckets) == 1 else padded for index in waiting[:batch_size]]
+            count = _count_fitting(costs, max_batch_seconds)
+            if longer and count == len(waiting) < batch_size:
+                break  # too few to fill a batch: they go with the next bucket's
+            batches.append(Batch(tuple(waiting[:count]), padded))
+            waiting = waiting[count:]
     # Processes wait for the slowest, so those of one step get batches of like cost.
     batches.sort(key=lambda batch: (batch.bucket * len(batch.members), batch.members))
     batches += batches[: -len(batches) % processes] if len(batches) >= processes else []
@@ -79,3 +78,8 @@ def plan_epoch(
         batches.append(batches[0])
     steps = [tuple(batches[start : start + processes]) for start in range(0, len(batches), processes)]
     return [steps[index] for index in draw.permutation(len(steps)).tolist()]
+
+
+def _count_fitting(costs: Sequence[float], limit: float) -> int:
+    """Counts how many of the first costs stay within a limit together; at least 1."""
+    return max(1, sum(spent <= limit for spent in accumulate(costs)))

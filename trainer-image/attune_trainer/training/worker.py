@@ -130,7 +130,7 @@ class Training:
                 [one.seconds for one in self._train],
                 buckets,
                 batch_size=self._parameters.batch_size,
-                max_batch_seconds=max(self._parameters.max_batch_seconds, 0),
+                max_batch_seconds=self._parameters.max_batch_seconds,
                 seed=self._parameters.seed,
                 epoch=epoch,
                 processes=self._processes,
@@ -161,7 +161,6 @@ class Training:
         return engine
 
     def _train_to_the_end(self) -> None:
-        settings = self._settings
         while self._state.epoch < self._parameters.epochs and not self._state.stopped_early:
             try:
                 self._train_epoch()
@@ -171,7 +170,6 @@ class Training:
                 raise
             if self._state.epoch < self._parameters.epochs:
                 self._save_checkpoint()
-        self._tell("trained", stopped_early=self._state.stopped_early, patience=settings.early_stopping is not None)
 
     def _train_epoch(self) -> None:
         state = self._state
