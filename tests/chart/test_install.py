@@ -249,7 +249,7 @@ def test_plain_manifests_can_be_applied_without_a_release(server: Server, helm: 
         return done.stdout
 
     server.create_namespace(NAMESPACE)
-    run("apply", "--server-side", "--force-conflicts", "-f", str(CHART.parent.parent / "crds"))
+    run("apply", "-f", str(CHART.parent.parent / "crds"))
     assert "deployment.apps/attune serverside-applied" in run("apply", "--server-side", "-f", "-", text=text)
     # Again: nothing changes.
     version = server.get(f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/attune")["metadata"]["generation"]

@@ -233,7 +233,7 @@ class Analysis(SpecModel):
 
 
 class CanarySpec(SpecModel):
-    """What is wanted. A change of model or template starts a rollout."""
+    """What is wanted: model, pods, traffic, steps and test. A change of model or template starts a rollout."""
 
     model: ModelSource = Field(description="The model that should serve.")
     replicas: int = Field(default=1, ge=1, le=1000, description="Pods of the stable arm, and of the canary arm.")

@@ -102,7 +102,7 @@ class SplitsSpec(SpecModel):
 
 
 class DatasetSpec(SpecModel):
-    """What is wanted."""
+    """What is wanted: where the audio is, and how it is prepared and split."""
 
     sources: Annotated[list[Source], Field(min_length=1, max_length=16)] = Field(description="Where the audio is.")
     language: Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Z]{2})?$", max_length=6)] = Field(
@@ -170,7 +170,7 @@ class QualityStatus(StatusModel):
 
 
 class DatasetStatus(Status):
-    """What came out."""
+    """What came out: revision, sizes, what was left out, and how the work stands."""
 
     revision: str | None = Field(default=None, max_length=71, description="Digest of the content-addressed manifest.")
     uri: str | None = Field(default=None, max_length=1024, description="Folder of this revision in the store.")

@@ -70,7 +70,7 @@ class GateSpec(SpecModel):
 
 
 class EvaluationSpec(SpecModel):
-    """What is wanted."""
+    """What is wanted: a split to judge on, candidates, and what they must keep."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -135,7 +135,7 @@ class VerdictStatus(StatusModel):
 
 
 class EvaluationStatus(Status):
-    """What came out."""
+    """What came out: leaderboard, winner, verdict, and how the work stands."""
 
     leaderboard: list[LeaderboardRowStatus] = Field(default=[], max_length=8, description="Candidates, best first.")
     winner: str | None = Field(default=None, max_length=63, description="The best candidate.")

@@ -34,7 +34,7 @@ class BaseModelSource(SpecModel):
 
 
 class FineTuneSpec(SpecModel):
-    """What is wanted."""
+    """What is wanted: a base model, Datasets, and how to train."""
 
     base_model: BaseModelSource = Field(description="The model to start from.", json_schema_extra=cel(IMMUTABLE))
     datasets: Annotated[list[LocalRef], Field(min_length=1, max_length=8)] = Field(
@@ -133,7 +133,7 @@ class Usage(StatusModel):
 
 
 class FineTuneStatus(Status):
-    """What came out."""
+    """What came out: the model, its figures and its lineage, and how the run stands."""
 
     model_id: str | None = Field(default=None, max_length=128, description="ft:<base>:<id>.")
     progress: ProgressStatus | None = Field(default=None, description="How far the run is.")
