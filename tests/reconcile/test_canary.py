@@ -1,0 +1,347 @@
+"""A Canary against a real API server, its Deployment controller and a real Prometheus; the test plays the kubelet."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from attune.adapters.cluster import CONFIG_MAP, CUSTOM, DEPLOYMENT, GATEWAY, HTTP_ROUTE, JOB, SERVICE, Cluster
+from attune.contract.job import JobSpec
+from attune.settings import Settings
+from tests.reconcile.canary_stage import Exposition, Killed, Stage, run_prometheus, serve
+from tests.reconcile.conftest import kubectl
+from tests.reconcile.kubelet import Namespace, wait_for
+
+pytestmark = [
+    pytest.mark.apiserver,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the prometheus binary (Debian: prometheus)"),
+]
+
+
+@pytest.fixture(scope="module")
+def gateway_api(kubeconfig: Path, cluster: Cluster) -> None:
+    """The Gateway API's CRDs."""
+    from devcluster import artifacts  # noqa: PLC0415 (downloads what is missing: only where it is needed)
+
+    subprocess.run(
+        [str(kubectl()), "--kubeconfig", str(kubeconfig), "apply", "--server-side", "-f", str(artifacts.gateway_api())],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    wait_for(lambda: cluster.is_served(GATEWAY) and cluster.is_served(HTTP_ROUTE), "the Gateway API")
+
+
+@pytest.fixture(scope="module")
+def exposition() -> Iterator[tuple[Exposition, int]]:
+    scorers = Exposition()
+    server, port = serve(lambda _: (200, "text/plain; version=0.0.4", scorers.render()))
+    yield scorers, port
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def scorers(exposition: tuple[Exposition, int]) -> Exposition:
+    return exposition[0]
+
+
+@pytest.fixture(scope="module")
+def prometheus(exposition: tuple[Exposition, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from run_prometheus(tmp_path_factory.mktemp("prometheus"), exposition[1])
+
+
+@pytest.fixture
+def stage(
+    cluster: Cluster, namespace: Namespace, settings: Settings, prometheus: str, gateway_api: None
+) -> Stage:
+    """Everything that a Canary refers to."""
+    ready = Stage(cluster, namespace, settings, prometheus)
+    ready.put_gateway()
+    ready.put_dataset()
+    return ready
+
+
+@pytest.fixture
+def serving(stage: Stage) -> Stage:
+    """A Canary that serves its first model."""
+    stage.apply("base")
+    stage.drive_phase("Healthy")
+    return stage
+
+
+def score(stage: Stage, scorers: Exposition, stable: int, canary: int) -> None:
+    """Lets the scorer of the present rollout find so many errors in an utterance, once it has been started."""
+    rollout = stage.status.get("rollout")
+    if rollout and stage.cluster.get(JOB, stage.namespace.name, f"voice-score-{rollout['id']}"):
+        scorers.put(stage.namespace.name, rollout["id"], (stable, canary))
+
+
+def test_the_first_model_goes_straight_to_stable(stage: Stage) -> None:
+    stage.apply("base")
+    stage.step()
+    assert {one["type"] for one in stage.status["conditions"]} == {"Ready", "Reconciling", "Stalled"}
+    assert stage.route is None, "nothing is routed to pods that are not ready"
+    stage.drive_phase("Healthy")
+    assert stage.split == (100, 0)
+    assert stage.arm("canary") is None
+    assert stage.status["stable"]["modelId"] == "base"
+    assert stage.status["stable"]["weight"] == 100
+    services = {one["metadata"]["name"] for one in stage.cluster.list(SERVICE, stage.namespace.name)}
+    assert services == {"voice-stable", "voice-canary"}, "the route resolves while there is no canary"
+    assert stage.ready["status"] == "True"
+
+
+def test_nothing_is_written_at_rest(serving: Stage) -> None:
+    serving.step()
+    before = serving.versions()
+    outcomes = [serving.step() for _ in range(5)]
+    assert {one.result for one in outcomes} == {"unchanged"}
+    assert serving.versions() == before
+
+
+def test_a_better_model_is_promoted_step_by_step(serving: Stage, scorers: Exposition) -> None:
+    serving.apply("tuned")
+    serving.drive(
+        lambda: (serving.status.get("stable") or {}).get("modelId") == "tuned"
+        and serving.status["phase"] == "Healthy"
+        and serving.arm("canary") is None,
+        "the promotion",
+        each=lambda: score(serving, scorers, 2, 1),
+    )
+    assert serving.weights == [0, 5, 50, 100, 0]
+    entry = serving.status["history"][0]
+    assert (entry["outcome"], entry["modelId"], entry["weight"]) == ("Promoted", "tuned", 100)
+    assert (entry["stableWer"], entry["canaryWer"]) == ("0.3600", "0.1800")
+    serving.drive(lambda: not serving.namespace.jobs("voice"), "the scorer's end")
+    events = serving.events
+    for reason in ("RolloutStarted", "WeightChanged", "Promoting", "Promoted"):
+        assert reason in events
+    arm = serving.arm("stable")
+    assert arm is not None
+    environment = {one["name"]: one.get("value") for one in arm["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert environment["ATTUNE_MODEL_URI"] == "s3://attune/models/tuned"
+    assert environment["ATTUNE_TRACK"] == "stable"
+    serving.step()
+    before = serving.versions()
+    assert {serving.step().result for _ in range(3)} == {"unchanged"}
+    assert serving.versions() == before
+
+
+def test_a_worse_model_is_rolled_back_and_stays_so(serving: Stage, scorers: Exposition) -> None:
+    serving.apply("bad")
+    serving.drive(
+        lambda: serving.status["phase"] == "Degraded" and serving.arm("canary") is None,
+        "the rollback",
+        each=lambda: score(serving, scorers, 1, 3),
+    )
+    assert serving.split == (100, 0)
+    assert serving.ready["status"] == "False"
+    assert serving.ready["reason"] == "WordErrorRateTooHigh"
+    assert "canary heard 54 % of words wrong, stable 18 %" in serving.ready["message"]
+    assert serving.status["stable"]["modelId"] == "base"
+    assert serving.status["history"][0]["outcome"] == "RolledBack"
+    assert serving.route is not None
+    assert serving.route["metadata"]["annotations"]["attune.dev/failed-rollout"] == serving.status["history"][0]["id"]
+    assert "RolledBack" in serving.events
+    reached = list(serving.weights)
+    # A backup without statuses is restored: the weight still never rises.
+    serving.cluster.apply_status(
+        {
+            "apiVersion": CUSTOM["Canary"].api_version,
+            "kind": "Canary",
+            "metadata": {"name": "voice", "namespace": serving.namespace.name},
+            "status": {},
+        }
+    )
+    for _ in range(5):
+        serving.step()
+        serving.play_kubelet()
+    assert serving.weights == reached
+    assert serving.status["phase"] == "Degraded"
+    assert serving.ready["reason"] == "WordErrorRateTooHigh"
+    # Back to the model that serves: a quiet end.
+    serving.apply("base")
+    serving.drive_phase("Healthy")
+    assert serving.ready["status"] == "True"
+
+
+@pytest.mark.parametrize(("canary", "phase", "outcome"), [(1, "Healthy", "Promoted"), (4, "Degraded", "RolledBack")])
+def test_an_operator_killed_after_every_write_comes_to_the_same_end(
+    serving: Stage, scorers: Exposition, kubeconfig: Path, canary: int, phase: str, outcome: str
+) -> None:
+    written = 0
+
+    def fence() -> None:
+        nonlocal written
+        written += 1
+        if written > 1:
+            raise Killed
+
+    mortal = Cluster.connect(kubeconfig=str(kubeconfig), fence=fence)
+
+    def step() -> None:
+        nonlocal written
+        written = 0
+        try:
+            serving.step(mortal)
+        except Killed:
+            return
+
+    serving.apply("tuned")
+    serving.drive(
+        lambda: bool(serving.status.get("history")) and serving.status["phase"] == phase and serving.arm("canary") is None,
+        "the end",
+        each=lambda: score(serving, scorers, 2, canary),
+        step=step,
+        seconds=150,
+    )
+    assert serving.status["history"][0]["outcome"] == outcome
+    assert len(serving.status["history"]) == 1
+    assert serving.split == (100, 0)
+    serving.drive(lambda: not serving.namespace.jobs("voice"), "the scorer's end", step=step)
+    mortal.close()
+
+
+def test_prometheus_down_holds_the_weight(stage: Stage, scorers: Exposition, prometheus: str) -> None:
+    stage.prometheus = "http://127.0.0.1:9"
+    stage.apply("base")
+    stage.drive_phase("Healthy")
+    stage.apply("tuned")
+    stage.drive(lambda: stage.weights[-1] == 5, "the first weight")
+    stage.drive(
+        lambda: stage.status["analysis"]["message"].startswith("Prometheus at http://127.0.0.1:9 did not answer"),
+        "what is wrong",
+    )
+    for _ in range(30):
+        stage.step()
+    assert stage.weights[-1] == 5
+    assert stage.status["analysis"]["verdict"] == "Unknown"
+    assert stage.ready["status"] == "True"
+    rollout = stage.status["rollout"]["id"]
+    # The address is mended in the middle of the rollout, which goes on.
+    stage.prometheus = prometheus
+    stage.apply("tuned")
+    stage.drive(lambda: stage.weights[-1] == 50, "the next weight", each=lambda: score(stage, scorers, 2, 1))
+    assert stage.status["rollout"]["id"] == rollout
+
+
+def test_an_image_that_cannot_be_pulled_is_found_without_waiting_for_words(serving: Stage) -> None:
+    serving.waiting["tuned"] = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+    serving.apply("tuned")
+    serving.drive_phase("Degraded")
+    assert serving.ready["reason"] == "ImagePullFailed"
+    assert "registry.test/inference:1" in serving.ready["message"]
+    assert serving.weights == [0], "no request ever reached it"
+
+
+def test_a_new_model_in_the_middle_supersedes_the_rollout(serving: Stage, scorers: Exposition) -> None:
+    serving.apply("tuned")
+    serving.drive(lambda: serving.weights[-1] == 5, "the first weight")
+    serving.apply("tuned-more")
+    serving.drive(
+        lambda: (serving.status.get("canary") or {}).get("modelId") == "tuned-more" and serving.weights[-1] == 5,
+        "the next rollout",
+    )
+    assert serving.weights == [0, 5, 0, 5]
+    assert serving.status["history"][0]["outcome"] == "Superseded"
+    jobs = {one["metadata"]["name"] for one in serving.namespace.jobs("voice")}
+    assert jobs == {f"voice-score-{serving.status['rollout']['id']}"}
+
+
+def test_the_scorer_is_told_what_to_compare(serving: Stage) -> None:
+    serving.apply("tuned")
+    serving.drive(lambda: bool(serving.namespace.jobs("voice")), "the scorer")
+    (job,) = serving.namespace.jobs("voice")
+    config = serving.cluster.get(CONFIG_MAP, serving.namespace.name, job["metadata"]["name"])
+    assert config is not None
+    recipe = JobSpec.model_validate_json(config["data"]["job.json"]).recipe
+    assert recipe.recipe == "score"
+    assert recipe.stable_url == f"http://voice-stable.{serving.namespace.name}.svc:8000"
+    assert recipe.canary_url == f"http://voice-canary.{serving.namespace.name}.svc:8000"
+    assert (recipe.stable_model_id, recipe.canary_model_id) == ("base", "tuned")
+    assert recipe.rollout == serving.status["rollout"]["id"]
+
+
+def test_a_route_edited_by_hand_is_put_right(serving: Stage) -> None:
+    assert serving.route is not None
+    rule = serving.route["spec"]["rules"][0]
+    edited = {**rule, "backendRefs": [{**one, "weight": 50} for one in rule["backendRefs"]]}
+    serving.cluster.patch(HTTP_ROUTE, serving.namespace.name, "voice", {"spec": {"rules": [edited]}})
+    assert serving.split == (50, 50)
+    serving.step()
+    assert serving.split == (100, 0)
+
+
+def test_a_deleted_route_comes_back_as_it_was(serving: Stage, scorers: Exposition) -> None:
+    serving.cluster.delete(HTTP_ROUTE, serving.namespace.name, "voice")
+    serving.drive(lambda: serving.route is not None, "the route")
+    assert serving.split == (100, 0)
+    assert serving.status["stable"]["modelId"] == "base"
+
+
+def test_scaling_reaches_stable_at_once_and_needs_no_rollout(serving: Stage) -> None:
+    serving.apply("base", replicas=3)
+    serving.drive(
+        lambda: serving.status["stable"]["readyReplicas"] == 3 and serving.status["phase"] == "Healthy", "three pods"
+    )
+    assert serving.status.get("rollout") is None
+
+
+def test_a_missing_gateway_waits_and_goes_on(cluster: Cluster, namespace: Namespace, settings: Settings, gateway_api: None) -> None:
+    stage = Stage(cluster, namespace, settings, "http://127.0.0.1:9")
+    stage.apply("base")
+    stage.step()
+    assert stage.ready["reason"] == "GatewayNotFound"
+    assert "create it or correct spec.traffic.gatewayRef" in stage.ready["message"]
+    stage.put_gateway()
+    stage.drive_phase("Healthy")
+
+
+def test_a_model_that_does_not_exist_leaves_stable_alone(serving: Stage) -> None:
+    serving.apply(model={"fineTuneRef": {"name": "nobody"}})
+    serving.step()
+    assert serving.ready["reason"] == "FineTuneNotFound"
+    assert serving.split == (100, 0)
+    assert serving.status["stable"]["modelId"] == "base"
+    serving.apply("base")
+    serving.drive_phase("Healthy")
+
+
+def test_a_golden_set_that_can_never_suffice_is_said_before_the_rollout(serving: Stage) -> None:
+    serving.put_dataset(words=150)
+    serving.apply("tuned")
+    serving.step()
+    assert serving.ready["reason"] == "GoldenSetTooSmall"
+    assert "holds 400 utterances with 150 words" in serving.ready["message"]
+    assert serving.arm("canary") is None
+
+
+def test_somebody_elses_object_is_never_overwritten(stage: Stage) -> None:
+    other = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "voice-stable", "namespace": stage.namespace.name},
+        "spec": {"ports": [{"port": 80}]},
+    }
+    stage.cluster.create(other)
+    stage.apply("base")
+    stage.step()
+    assert stage.ready["reason"] == "NotOurs"
+    assert "Service voice-stable exists" in stage.ready["message"]
+    stage.cluster.delete(SERVICE, stage.namespace.name, "voice-stable")
+    stage.drive_phase("Healthy")
+
+
+def test_deletion_in_the_middle_of_a_rollout_clears_everything_away(serving: Stage) -> None:
+    serving.apply("tuned")
+    serving.drive(lambda: serving.weights[-1] == 5, "the first weight")
+    serving.cluster.delete(CUSTOM["Canary"], serving.namespace.name, "voice")
+
+    def gone() -> bool:
+        kinds = (DEPLOYMENT, SERVICE, HTTP_ROUTE, JOB)
+        return not any(serving.cluster.list(kind, serving.namespace.name) for kind in kinds)
+
+    wait_for(gone, "the garbage collector", seconds=90)
