@@ -24,6 +24,7 @@ from devcluster.progress import Step
 
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 NETWORK = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL")
+SYSTEM_CONFIGURATION = (Path("/etc/pip.conf"), Path("/etc/uv/uv.toml"))
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # Room in memory that a build's copies of the heavy layer may take, and what must be left over besides.
 SCRATCH_BYTES = 9 << 30
@@ -94,20 +95,17 @@ def network_settings(environment: Mapping[str, str], home: Path) -> dict[str, st
     """The package index and proxies that this machine uses, from its environment and pip's and uv's configuration."""
     settings = {name: environment[name] for name in (*NETWORK, *PROXIES) if environment.get(name)}
     parser = configparser.ConfigParser(interpolation=None)
-    named = environment.get("PIP_CONFIG_FILE")
-    parser.read(
-        [
-            "/etc/pip.conf",
-            home / ".pip" / "pip.conf",
-            home / ".config" / "pip" / "pip.conf",
-            *([named] if named else []),
-        ]
+    own = (
+        home / ".pip" / "pip.conf",
+        home / ".config" / "pip" / "pip.conf",
+        Path(environment.get("PIP_CONFIG_FILE", "")),
     )
+    parser.read(file for file in (*SYSTEM_CONFIGURATION, *own) if file.suffix == ".conf")
     for option, name in (("index-url", "PIP_INDEX_URL"), ("extra-index-url", "PIP_EXTRA_INDEX_URL")):
         if parser.has_option("global", option):
             settings.setdefault(name, " ".join(parser.get("global", option).split()))
-    for file in (Path("/etc/uv/uv.toml"), home / ".config" / "uv" / "uv.toml"):
-        if file.is_file():
+    for file in (*SYSTEM_CONFIGURATION, home / ".config" / "uv" / "uv.toml"):
+        if file.suffix == ".toml" and file.is_file():
             loaded = tomllib.loads(file.read_text())
             default = next((index["url"] for index in loaded.get("index", []) if index.get("default")), None)
             if url := default or loaded.get("index-url"):

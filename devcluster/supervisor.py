@@ -1,8 +1,8 @@
 """Keeps a set of daemons running as its children, restarts those that end, and takes all of them with it when it ends.
 
 Run as `python3 -m devcluster.supervisor SPEC.json`. The node runs it as process 1 of process and mount namespaces of
-its own, so that the end of this one process is the end of every container and mount; the control plane of the tests runs it
-as an ordinary process without any rights.
+its own, so that the end of this one process is the end of every container and mount; the control plane of the tests
+runs it as an ordinary process without any rights.
 """
 
 from __future__ import annotations
