@@ -30,7 +30,7 @@ BACKOFF_LIMIT: Final = 3
 KILLED: Final = 137
 USER: Final = 65532
 
-_WORK: Final = "/work"
+_WORK: Final = "/scratch"
 _TEMPORARY: Final = "/tmp"  # noqa: S108 (a volume of the pod's own)
 # A source's Secret brings these; the bucket is in the source's URI.
 _SOURCE_VARIABLES: Final = (STORE_ENDPOINT, STORE_REGION, STORE_ACCESS_KEY, STORE_SECRET_KEY)
@@ -161,14 +161,14 @@ def _build_pod(request: JobRequest, settings: Settings) -> dict[str, Any]:
                 "volumeMounts": [
                     {"name": "job", "mountPath": JOB_FILE.rpartition("/")[0], "readOnly": True},
                     {"name": "temporary", "mountPath": _TEMPORARY},
-                    {"name": "work", "mountPath": _WORK},
+                    {"name": "scratch", "mountPath": _WORK},
                 ],
             }
         ],
         "volumes": [
             {"name": "job", "configMap": {"name": request.name}},
             {"name": "temporary", "emptyDir": {}},
-            {"name": "work", "emptyDir": {}},
+            {"name": "scratch", "emptyDir": {}},
         ],
     }
     if settings.image_pull_secrets:

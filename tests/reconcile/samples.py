@@ -1,0 +1,87 @@
+"""Specs that people write, and results that recipes leave."""
+
+from typing import Any
+
+from attune.contract.measures import Decision
+from attune.contract.result import (
+    DatasetStatistics,
+    EvaluateResult,
+    FinetuneResult,
+    LeaderboardRow,
+    PrepareResult,
+    Rejection,
+    Splits,
+    SplitStatistics,
+    Verdict,
+)
+from attune.contract.training import Padding
+
+DATASET: dict[str, Any] = {
+    "sources": [{"s3": {"uri": "s3://internal/calls/"}, "format": "Manifest", "manifest": "transcripts.jsonl"}],
+    "language": "en",
+}
+FINE_TUNE: dict[str, Any] = {"baseModel": {"uri": "s3://models/whisper-tiny.en"}, "datasets": [{"name": "calls"}]}
+EVALUATION: dict[str, Any] = {
+    "datasetRef": {"name": "calls"},
+    "candidates": [
+        {"name": "base", "model": {"uri": "s3://models/whisper-tiny.en"}},
+        {"name": "tuned", "fineTuneRef": {"name": "lora"}},
+    ],
+    "baseline": "base",
+}
+
+
+def split(utterances: int) -> SplitStatistics:
+    return SplitStatistics(utterances=utterances, hours="0.1", speakers=4, words=utterances * 9)
+
+
+PREPARED = PrepareResult(
+    revision="sha256:" + "a" * 64,
+    uri="s3://attune/datasets/team/dataset/calls/1/aaaa",
+    stats=DatasetStatistics(hours="0.4", utterances=300, speakers=12, words=2700, vocabulary=410, oov_rate="0.02"),
+    splits=Splits(train=split(240), validation=split(30), holdout=split(30)),
+    rejected=1,
+    rejections=[Rejection(reason="NotJson", count=1, examples=["transcripts.jsonl:7"])],
+)
+TRAINED = FinetuneResult(
+    model_id="ft:whisper-tiny.en:3f9c2a",
+    model_uri="s3://attune/models/team/finetune/lora/1/u/merged",
+    model_digest="sha256:" + "c" * 64,
+    adapter_uri="s3://attune/models/team/finetune/lora/1/u/adapter",
+    adapter_digest="sha256:" + "d" * 64,
+    base_digest="sha256:" + "e" * 64,
+    padding=Padding.BUCKETS,
+    baseline_wer="0.196",
+    wer="0.113",
+    steps=120,
+    epochs="3",
+    training_seconds=82,
+    gpu_seconds=0,
+    audio_seconds_per_second="41.5",
+)
+
+
+def row(candidate: str, rank: int, wer: str) -> LeaderboardRow:
+    return LeaderboardRow(
+        candidate=candidate,
+        rank=rank,
+        model_digest="sha256:" + "c" * 64,
+        padding=Padding.BUCKETS,
+        utterances=30,
+        words=270,
+        hits=240,
+        substitutions=20,
+        deletions=10,
+        insertions=3,
+        wer=wer,
+        wer_low="0.09",
+        wer_high="0.14",
+    )
+
+
+EVALUATED = EvaluateResult(
+    leaderboard=[row("tuned", 1, "0.113"), row("base", 2, "0.196")],
+    winner="tuned",
+    verdict=Verdict(decision=Decision.PROMOTE, reason="tuned is 42 % better than base"),
+    report_uri="s3://attune/evaluations/team/evaluation/holdout/1/report.html",
+)
