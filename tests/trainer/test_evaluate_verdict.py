@@ -49,7 +49,9 @@ SHUFFLED = drawn("tuned", 0.2, seed=2)
 @pytest.mark.parametrize(
     ("candidates", "gates", "decision", "winner", "says"),
     [
-        pytest.param([BASE], [wer_gate("0.1")], Decision.FINE_TUNE, None, "above 0.1", id="base alone fails"),
+        pytest.param(
+            [BASE], [wer_gate("0.1")], Decision.FINE_TUNE, None, "Wer 20.5 % is above 10 %", id="base alone fails"
+        ),
         pytest.param(
             [BASE], [wer_gate("0.3")], Decision.NO_FINE_TUNE_NEEDED, "base", "allow 30.0 % WER", id="base alone passes"
         ),
@@ -65,7 +67,12 @@ SHUFFLED = drawn("tuned", 0.2, seed=2)
             [BASE, BETTER], [change_gate("-0.05")], Decision.PROMOTE, "tuned", "fewer", id="better by more than asked"
         ),
         pytest.param(
-            [BASE, BETTER], [change_gate("-0.9")], Decision.KEEP, "base", "is above -0.9", id="better, not by so much"
+            [BASE, BETTER],
+            [change_gate("-0.9")],
+            Decision.KEEP,
+            "base",
+            "Wer change -63.4 % is above -90 %",
+            id="better, not by so much",
         ),
         pytest.param([BASE, SAME], [], Decision.KEEP, "base", "the same word errors", id="the very same output"),
         pytest.param([BASE, WORSE], [], Decision.KEEP, "base", "more", id="worse beyond doubt"),
@@ -183,7 +190,7 @@ def row(name: str, rank: int) -> LeaderboardRow:
         change_from_baseline="-0.1234",
         change_low="-0.2345",
         change_high="-0.1111",
-        failed_gates=[f"Wer change -0.{gate:04} is above -0.15" for gate in range(16)],
+        failed_gates=[f"Wer change -{gate}.1 % is above -15 %" for gate in range(16)],
     )
 
 

@@ -156,13 +156,16 @@ def gate_failure(gate: Gate, one: Measured, base: Measured) -> str | None:
     """Says how a candidate fails a gate by its point estimate; None when it keeps it."""
     value = _value(gate.metric, one)
     if gate.max is not None and value > float(gate.max):
-        return f"{gate.metric.value} {value:.4g} is above {gate.max}"
+        if gate.metric is Metric.REAL_TIME_FACTOR:
+            return f"{gate.metric.value} {value:.3g} is above {gate.max}"
+        return f"{gate.metric.value} {_percent(value)} is above {100 * float(gate.max):.4g} %"
     if gate.max_change_from_baseline is not None and one is not base:
         before = _value(gate.metric, base)
         worse = 0.0 if value == 0 else math.inf
         change = value / before - 1.0 if before > 0 else worse
         if change > float(gate.max_change_from_baseline):
-            return f"{gate.metric.value} change {change:+.4g} is above {gate.max_change_from_baseline}"
+            bound = 100 * float(gate.max_change_from_baseline)
+            return f"{gate.metric.value} change {100 * change:+.1f} % is above {bound:+.4g} %"
     return None
 
 
