@@ -9,13 +9,14 @@ import pytest
 from attune.adapters.cluster import CONFIG_MAP, CUSTOM, DEPLOYMENT, GATEWAY, HTTP_ROUTE, JOB, SERVICE, Cluster
 from attune.contract.job import JobSpec
 from attune.settings import Settings
+
 from tests.reconcile.canary_stage import Exposition, Killed, Stage, run_prometheus, serve
 from tests.reconcile.conftest import kubectl
 from tests.reconcile.kubelet import Namespace, wait_for
 
 pytestmark = [
     pytest.mark.apiserver,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(500),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the prometheus binary (Debian: prometheus)"),
 ]
 
@@ -54,9 +55,7 @@ def prometheus(exposition: tuple[Exposition, int], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture
-def stage(
-    cluster: Cluster, namespace: Namespace, settings: Settings, prometheus: str, gateway_api: None
-) -> Stage:
+def stage(cluster: Cluster, namespace: Namespace, settings: Settings, prometheus: str, gateway_api: None) -> Stage:
     """Everything that a Canary refers to."""
     ready = Stage(cluster, namespace, settings, prometheus)
     ready.put_gateway()
@@ -105,9 +104,11 @@ def test_nothing_is_written_at_rest(serving: Stage) -> None:
 def test_a_better_model_is_promoted_step_by_step(serving: Stage, scorers: Exposition) -> None:
     serving.apply("tuned")
     serving.drive(
-        lambda: (serving.status.get("stable") or {}).get("modelId") == "tuned"
-        and serving.status["phase"] == "Healthy"
-        and serving.arm("canary") is None,
+        lambda: (
+            (serving.status.get("stable") or {}).get("modelId") == "tuned"
+            and serving.status["phase"] == "Healthy"
+            and serving.arm("canary") is None
+        ),
         "the promotion",
         each=lambda: score(serving, scorers, 2, 1),
     )
@@ -192,11 +193,13 @@ def test_an_operator_killed_after_every_write_comes_to_the_same_end(
 
     serving.apply("tuned")
     serving.drive(
-        lambda: bool(serving.status.get("history")) and serving.status["phase"] == phase and serving.arm("canary") is None,
+        lambda: (
+            bool(serving.status.get("history")) and serving.status["phase"] == phase and serving.arm("canary") is None
+        ),
         "the end",
         each=lambda: score(serving, scorers, 2, canary),
         step=step,
-        seconds=150,
+        seconds=300,
     )
     assert serving.status["history"][0]["outcome"] == outcome
     assert len(serving.status["history"]) == 1
@@ -290,7 +293,9 @@ def test_scaling_reaches_stable_at_once_and_needs_no_rollout(serving: Stage) -> 
     assert serving.status.get("rollout") is None
 
 
-def test_a_missing_gateway_waits_and_goes_on(cluster: Cluster, namespace: Namespace, settings: Settings, gateway_api: None) -> None:
+def test_a_missing_gateway_waits_and_goes_on(
+    cluster: Cluster, namespace: Namespace, settings: Settings, gateway_api: None
+) -> None:
     stage = Stage(cluster, namespace, settings, "http://127.0.0.1:9")
     stage.apply("base")
     stage.step()

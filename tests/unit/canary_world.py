@@ -145,7 +145,9 @@ class World:
             ready=sum(ready for _, ready in arm.pods),
             rolled_out=rolled_out,
             deadline_exceeded=late and arm.model.model_id in self.broken_models and not rolled_out,
-            pods=tuple(ServingPod(f"{track}-{i}", revision, ready=ready) for i, (revision, ready) in enumerate(arm.pods)),
+            pods=tuple(
+                ServingPod(f"{track}-{i}", revision, ready=ready) for i, (revision, ready) in enumerate(arm.pods)
+            ),
         )
 
     def evidence(self) -> PairedSums | NoEvidence:
@@ -169,12 +171,12 @@ class World:
         sums = [0] * 5
         for index in range(n):
             # Errors spread evenly over utterances; an utterance takes at most three more than the next.
-            s, c = (
-                ERRORS[model] * (index + 1) // 10 - ERRORS[model] * index // 10 for model in (stable, trial)
-            )
+            s, c = (ERRORS[model] * (index + 1) // 10 - ERRORS[model] * index // 10 for model in (stable, trial))
             for place, value in enumerate((s, c, s * s, c * c, s * c)):
                 sums[place] += value
-        return PairedSums(n, n * WORDS_EACH, *sums, GOLDEN_UTTERANCES, GOLDEN_UTTERANCES * WORDS_EACH, n == GOLDEN_UTTERANCES)
+        return PairedSums(
+            n, n * WORDS_EACH, *sums, GOLDEN_UTTERANCES, GOLDEN_UTTERANCES * WORDS_EACH, n == GOLDEN_UTTERANCES
+        )
 
     def verdict(self) -> AnalysisVerdict:
         return judge(self.evidence(), self.canary.spec.analysis.wer).verdict
@@ -193,7 +195,7 @@ class World:
             self.canary = self.canary.model_copy(update={"status": plan.status})
         return plan
 
-    def _carry_out(self, action: CanaryAction) -> None:
+    def _carry_out(self, action: CanaryAction) -> None:  # noqa: C901 (one case for each action)
         match action:
             case EnsureArm():
                 self._ensure_arm(action)

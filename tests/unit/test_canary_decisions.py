@@ -547,7 +547,10 @@ POD = ServingPod("p", "r", image="i:1")
         pytest.param(replace(POD, ended_reason="OOMKilled", restarts=1), "OutOfMemory", False, id="out of memory once"),
         pytest.param(replace(POD, ended_reason="OOMKilled", restarts=2), "OutOfMemory", True, id="out of memory again"),
         pytest.param(
-            replace(POD, waiting_reason="CrashLoopBackOff", restarts=2, ended_code=1), "CrashLoopBackOff", True, id="loop"
+            replace(POD, waiting_reason="CrashLoopBackOff", restarts=2, ended_code=1),
+            "CrashLoopBackOff",
+            True,
+            id="loop",
         ),
         pytest.param(
             replace(

@@ -52,7 +52,7 @@ def covers(live: Any, wanted: Any, *, exact_lists: bool = False) -> bool:
         return len(live) == len(wanted) and all(
             covers(theirs, ours, exact_lists=exact_lists) for theirs, ours in zip(live, wanted, strict=True)
         )
-    return bool(live == wanted) or (live is None and wanted in ("", False))
+    return bool(live == wanted) or (live is None and (wanted == "" or wanted is False))
 
 
 def _covers_field(live: Mapping[str, Any], key: str, value: Any, *, exact_lists: bool) -> bool:
