@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 from attune.adapters.cluster import CUSTOM, Cluster, ResourceType
 from attune.errors import AlreadyExists
 from attune.settings import Settings
@@ -109,7 +108,7 @@ class OperatorProcess:
         return int(found.group(1))
 
     def read(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             return str(answer.read().decode())
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -119,7 +118,9 @@ class OperatorProcess:
 
 
 @pytest.fixture(scope="session")
-def start_operator(kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., OperatorProcess]]:
+def start_operator(
+    kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., OperatorProcess]]:
     """Starts operators; those that still run at the end are stopped."""
     started: list[OperatorProcess] = []
     folder = tmp_path_factory.mktemp("operators")
