@@ -1,5 +1,6 @@
 """Runs helm and finds things in what it renders."""
 
+import functools
 import json
 import os
 import subprocess
@@ -62,11 +63,15 @@ class Helm:
         return done.stdout
 
     def render(self, values: Object | None = None, *, tests: bool = False) -> Rendered:
-        """Renders the chart with values on top of its own."""
-        skip = () if tests else ("--skip-tests",)
-        text = self.run(
-            "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", "-",
-            "--kube-version", versions.KUBERNETES, *skip,
-            stdin=json.dumps(values or {}),
-        )  # fmt: skip
-        return Rendered(obj for obj in yaml.safe_load_all(text) if obj)
+        """Renders the chart with values on top of its own; the same values are rendered once."""
+        return Rendered(obj for obj in yaml.safe_load_all(_render(self, json.dumps(values or {}), tests)) if obj)
+
+
+@functools.cache
+def _render(helm: Helm, values: str, tests: bool) -> str:  # noqa: FBT001 (the cache wants it plain)
+    skip = () if tests else ("--skip-tests",)
+    return helm.run(
+        "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", "-",
+        "--kube-version", versions.KUBERNETES, *skip,
+        stdin=values,
+    )  # fmt: skip
