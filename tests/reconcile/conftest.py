@@ -91,10 +91,10 @@ class OperatorProcess:
     log: Path
     again: "Callable[[], OperatorProcess]"
 
-    def wait_leading(self, seconds: float = 60) -> None:
+    def wait_leading(self, seconds: float = 120) -> None:
         self.wait_log('"message": "leading"', seconds)
 
-    def wait_log(self, text: str, seconds: float = 60) -> None:
+    def wait_log(self, text: str, seconds: float = 120) -> None:
         def look() -> bool:
             assert self.process.poll() is None, f"the operator ended: {self.log.read_text()}"
             return text in self.log.read_text()

@@ -10,7 +10,7 @@ from attune.contract.result import Summary
 from attune.render.job import CONTAINER
 
 T = TypeVar("T")
-SECONDS = 60.0
+SECONDS = 120.0  # far more than it takes; the machine may have other work
 
 
 def wait_for(look: Callable[[], T | None], what: str, seconds: float = SECONDS) -> T:
@@ -84,7 +84,19 @@ class Namespace:
             found = [one for one in self.jobs(owner) if one["metadata"]["name"] != without]
             return found[0] if len(found) == 1 else None
 
-        return wait_for(look, f"a Job of {owner}")
+        try:
+            return wait_for(look, f"a Job of {owner}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.describe()}") from None
+
+    def describe(self) -> str:
+        """The reasons of all resources, for a failure's message."""
+        found = [one for kind in CUSTOM.values() for one in self.cluster.list(kind, self.name)]
+        return "; ".join(
+            f"{one['kind']} {one['metadata']['name']}: "
+            + ", ".join(c["reason"] for c in one.get("status", {}).get("conditions", []))
+            for one in found
+        )
 
     def pods(self, job: Object) -> list[Object]:
         return [one for one in self.cluster.list(POD, self.name) if is_owned_by(one, job["metadata"]["uid"])]

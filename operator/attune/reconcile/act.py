@@ -46,9 +46,7 @@ def act(cluster: Cluster, settings: Settings, resource: Resource, plan: Plan, no
     return write_status(cluster, resource, plan.status) or wrote
 
 
-def _act_once(  # noqa: PLR0911 (one return for each action)
-    cluster: Cluster, settings: Settings, resource: Resource, action: Action, now: datetime
-) -> bool:
+def _act_once(cluster: Cluster, settings: Settings, resource: Resource, action: Action, now: datetime) -> bool:
     owner = resource.owner()
     match action:
         case EnsureJob():

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from attune.adapters.cluster import CUSTOM, Cluster, Object
 from attune.api import Canary
 from attune.api.canary import Phase
-from attune.api.meta import Metadata, Status
+from attune.api.meta import Metadata, Resource, Status
 from attune.domain.actions import EmitEvent, Plan
 from attune.domain.events import decide_events
 from attune.domain.jobs import Standing
@@ -36,30 +37,38 @@ class Outcome:
     """What came of a pass over a key.
 
     result: changed, unchanged, gone or error; error: the error's name. look_again_seconds: None for the next event or
-    re-sync. references: what the resource refers to, None when that is not known.
+    re-sync. ended_rollouts: outcomes of the rollouts that this pass has brought to an end.
     """
 
     result: str
     look_again_seconds: float | None = None
     error: str | None = None
-    references: frozenset[Key] | None = None
     ended_rollouts: tuple[str, ...] = ()
 
 
-def reconcile(  # noqa: PLR0911 (one return for each kind of error)
-    cluster: Cluster, settings: Settings, key: Key, now: datetime, failures: int = 0
+def reconcile(
+    cluster: Cluster,
+    settings: Settings,
+    key: Key,
+    now: datetime,
+    failures: int = 0,
+    note_references: Callable[[frozenset[Key]], None] = lambda _: None,
 ) -> Outcome:
     """Brings one resource a step nearer to what it should be. Blocking; raises nothing but NotLeader.
 
-    failures: how many passes over this key have failed in a row before this one.
+    failures: how many passes over this key have failed in a row before this one. note_references is told what the
+    resource refers to before any of that is read: a change of it after the reading must not pass unnoticed.
     """
     body: Object | None = None
     try:
         body = cluster.get(CUSTOM[key.kind], key.namespace, key.name)
         if body is None or body["metadata"].get("deletionTimestamp"):
             # Nothing outside the cluster needs cleaning, and the garbage collector takes the children.
-            return Outcome("gone", references=frozenset())
-        return _reconcile_body(cluster, settings, key, body, now)
+            note_references(frozenset())
+            return Outcome("gone")
+        resource = parse_resource(RECONCILERS[key.kind].model, body)
+        note_references(find_references(resource))
+        return _reconcile_resource(cluster, settings, resource, now)
     except Conflict as conflict:
         return Outcome("error", _backoff(failures, _CONFLICT_DELAY), error=type(conflict).__name__)
     except (Unavailable, AlreadyExists) as error:
@@ -85,16 +94,13 @@ def reconcile(  # noqa: PLR0911 (one return for each kind of error)
         return Outcome("error", error=name)
 
 
-def _reconcile_body(cluster: Cluster, settings: Settings, key: Key, body: Object, now: datetime) -> Outcome:
-    reconciler = RECONCILERS[key.kind]
-    resource = parse_resource(reconciler.model, body)
-    references = find_references(resource)
+def _reconcile_resource(cluster: Cluster, settings: Settings, resource: Resource, now: datetime) -> Outcome:
+    reconciler = RECONCILERS[resource.KIND]
     plan = reconciler.decide(reconciler.observe(cluster, settings, resource, now))
     changed = act(cluster, settings, resource, plan, now)
     return Outcome(
         "changed" if changed else "unchanged",
         plan.look_again_seconds,
-        references=references,
         ended_rollouts=_find_ended(resource.status, plan.status),
     )
 

@@ -85,7 +85,16 @@ class Controller:
         now = datetime.now(UTC).replace(microsecond=0)
         began = time.monotonic()
         outcome = await self._call(
-            executor, lambda: reconcile(self._cluster, self._settings, key, now, self._failures.get(key, 0))
+            executor,
+            functools.partial(
+                reconcile,
+                self._cluster,
+                self._settings,
+                key,
+                now,
+                self._failures.get(key, 0),
+                functools.partial(self._references.__setitem__, key),
+            ),
         )
         self._last_pass = time.monotonic()
         self._metrics.duration.labels(key.kind).observe(self._last_pass - began)
@@ -105,8 +114,6 @@ class Controller:
             self._metrics.errors.labels(key.kind, outcome.error).inc()
         if outcome.result == "gone":
             self._references.pop(key, None)
-        elif outcome.references is not None:
-            self._references[key] = outcome.references
 
     async def _resync(self, executor: ThreadPoolExecutor) -> None:
         """Wakes every resource now and then: whatever event was lost, its effect is not lost for longer."""
