@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from attune.contract.training import Lora, Padding, Precision
+from attune.contract.training import EarlyStopping, Lora, Padding, Precision
 from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.modeling.buckets import BUCKETS
@@ -21,6 +21,7 @@ from attune_trainer.training.launch import _check_exit_status
 from attune_trainer.training.loader import BatchLoader
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
+from attune_trainer.training.selection import judge_epoch
 from attune_trainer.training.settings import TrainingUtterance
 from attune_trainer.training.transcripts import IGNORED, TranscriptEncoder
 from hypothesis import given, settings
@@ -242,11 +243,46 @@ class TestLoader:
         assert not loader._thread.is_alive()
 
 
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("wers", "best", "ends_after"),
+        [
+            pytest.param([0.5, 0.4, 0.3, 0.2], 3, None, id="falls that matter go on"),
+            pytest.param([0.5, 0.3, 0.35, 0.31, 0.1], 1, 4, id="two epochs without a fall end it and the best is kept"),
+            pytest.param(
+                [0.3, 0.2, 0.195, 0.195, 0.1], 3, 4, id="falls too small to matter end it, and the last of them is kept"
+            ),
+            pytest.param(
+                [0.3, 0.295, 0.289, 0.285, 0.278], 4, None, id="small falls that add up to one that matters go on"
+            ),
+            pytest.param([0.3, 0.3], 1, None, id="of equals the later is kept"),
+        ],
+    )
+    def test_early_stopping(self, wers: list[float], best: int, ends_after: int | None) -> None:
+        state = TrainingState(fingerprint="f" * 64, baseline_wer=0.5)
+        ended = None
+        for number, wer in enumerate(wers, start=1):
+            state = judge_epoch(state, wer, EarlyStopping(patience=2, min_delta="0.01"))
+            if state.stopped_early:
+                ended = number
+                break
+        assert ended == ends_after
+        assert state.best_epoch == best
+        assert state.best_wer == wers[best]
+
+    def test_without_early_stopping_every_epoch_is_trained(self) -> None:
+        state = TrainingState(fingerprint="f" * 64, baseline_wer=0.5)
+        for _ in range(50):
+            state = judge_epoch(state, 0.4, None)
+        assert not state.stopped_early
+        assert state.epoch == 50
+
+
 class TestCheckpoints:
     state = TrainingState(fingerprint="f" * 64, step=4, baseline_wer=0.5)
 
     def write(self, folder: Path, step: int = 4) -> Path:
-        target = folder / checkpoints.folder_name(step)
+        target = folder / checkpoints.folder_name(step, 0)
         (target / "engine" / "state").mkdir(parents=True)
         (target / "engine" / "state" / "weights.pt").write_bytes(bytes(range(256)) * step)
         text = self.state.model_copy(update={"step": step}).model_dump_json()
@@ -285,8 +321,8 @@ class TestCheckpoints:
         for step in (2, 4, 10, 12):
             checkpoints.upload(s3_store, self.write(tmp_path / "out", step), key_prefix, keep=2)
         kept = {key.split("/")[1] for key in s3_store.list(f"{key_prefix}/")}
-        assert kept == {"step-00000010", "step-00000012"}
-        s3_store.write_bytes(f"{key_prefix}/step-00000012/engine/state/weights.pt", b"cut off")
+        assert kept == {"step-00000010-0000", "step-00000012-0000"}
+        s3_store.write_bytes(f"{key_prefix}/step-00000012-0000/engine/state/weights.pt", b"cut off")
         found = checkpoints.download_newest(s3_store, key_prefix, tmp_path / "in", "f" * 64)
         assert found is not None
         state = checkpoints.read_sealed(found, "f" * 64)
@@ -298,10 +334,10 @@ class TestCheckpoints:
 
     def test_an_upload_that_was_cut_off_is_not_seen(self, s3_store: Store, key_prefix: str, tmp_path: Path) -> None:
         checkpoints.upload(s3_store, self.write(tmp_path / "out", 2), key_prefix, keep=2)
-        s3_store.write_bytes(f"{key_prefix}/step-00000004/engine/state/weights.pt", b"half")
+        s3_store.write_bytes(f"{key_prefix}/step-00000004-0000/engine/state/weights.pt", b"half")
         found = checkpoints.download_newest(s3_store, key_prefix, tmp_path / "in", "f" * 64)
         assert found is not None
-        assert found.name == "step-00000002"
+        assert found.name == "step-00000002-0000"
         shutil.rmtree(found)
 
 

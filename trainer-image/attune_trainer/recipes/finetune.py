@@ -120,6 +120,8 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         recipe.padding,
     )
     resume = checkpoints.download_newest(store, recipe.checkpoint_prefix, context.directory("resume"), mark)
+    # An attempt of the same pod that died may have left some.
+    shutil.rmtree(context.directory("checkpoints"))
     settings = TrainingSettings(
         base=base,
         base_uri=recipe.base.uri,

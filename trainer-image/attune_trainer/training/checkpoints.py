@@ -79,9 +79,13 @@ def read_sealed(folder: Path, expected_fingerprint: str) -> TrainingState | None
     return state
 
 
-def folder_name(step: int) -> str:
-    """Names a checkpoint's folder so that names sort by step: step 12 -> "step-00000012"."""
-    return f"step-{step:08d}"
+def folder_name(step: int, epoch: int) -> str:
+    """Names a checkpoint's folder so that names sort by age.
+
+    The last step of an epoch has two, before and after its validation: (12, 0) -> "step-00000012-0000", then
+    (12, 1) -> "step-00000012-0001".
+    """
+    return f"step-{step:08d}-{epoch:04d}"
 
 
 def upload(store: Store, folder: Path, prefix: str, keep: int) -> None:

@@ -36,12 +36,13 @@ from attune_trainer.training.events import EventWriter
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
+from attune_trainer.training.selection import judge_epoch
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
 from attune_trainer.training.transcripts import TranscriptEncoder
 
 _log = logging.getLogger("attune_trainer.training")
 
-_VALIDATION_CHUNK: Final = 64  # utterances between two looks at the stop flag
+_VALIDATION_CHUNK: Final = 16  # utterances between two looks at the stop flag
 # More than this share of unusable transcripts is a mistake in the data, not a few odd lines.
 _MAX_LEFT_OUT: Final = 0.1
 _MERGE_TOLERANCE: Final = 2e-3  # of the logits' largest magnitude, at fp32
@@ -81,10 +82,10 @@ class Training:
         if state is None:
             if not base_artifact.language:
                 base_artifact = base_artifact.model_copy(update={"language": encoder.language})
-            self._events_stage("Baseline", percent=10)
+            self._tell_stage("Baseline", percent=10)
             baseline = self._validate(Recognizer(self._whisper, base_artifact), (10, 20))
             state = TrainingState(fingerprint=settings.fingerprint, baseline_wer=baseline)
-            self._tell("baseline", wer=baseline)
+        self._tell("baseline", wer=state.baseline_wer)
         adapters.clean_generation(self._whisper)
         self._artifact = adapters.describe_artifact(
             self._whisper,
@@ -95,6 +96,7 @@ class Training:
         )
         self._recognizer = Recognizer(self._whisper, self._artifact)
         self._model = adapters.attach_adapters(self._whisper, settings.lora)
+        torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
         self._plans = self._plan()
         self._total_steps = sum(len(plan) for plan in self._plans)
         self._engine = self._build_engine()
@@ -175,7 +177,7 @@ class Training:
         state = self._state
         steps = self._plans[state.epoch][state.step_in_epoch :]
         loader = BatchLoader(self._whisper, self._encoder, self._train, [step[self._rank] for step in steps])
-        self._events_stage("Training", step=state.step, total_steps=self._total_steps)
+        self._tell_stage("Training", step=state.step, total_steps=self._total_steps)
         self._engine.train()
         try:
             began = time.monotonic()
@@ -190,6 +192,7 @@ class Training:
                     raise _StopRequested
                 if self._state.step % self._settings.checkpoint.every_steps == 0:
                     self._save_checkpoint()
+                    began = time.monotonic()
         finally:
             loader.close()
 
@@ -249,27 +252,15 @@ class Training:
     def _finish_epoch(self) -> None:
         """Validates as the model will be served, keeps the best adapters, and decides about stopping early."""
         state = self._state
-        self._events_stage("Validating")
+        self._tell_stage("Validating")
         began = time.monotonic()
         done = 20 + 70 * state.step / self._total_steps
         wer = self._validate(self._recognizer, (done, done))
-        update: dict[str, Any] = {
-            "epoch": state.epoch + 1,
-            "step_in_epoch": 0,
-            "training_seconds": state.training_seconds + time.monotonic() - began,
-        }
-        if state.best_wer is None or wer <= state.best_wer:
-            update |= {"best_wer": wer, "best_epoch": state.epoch}
-            if self._rank == 0:
-                adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
-        stopping = self._settings.early_stopping
-        if stopping is not None:
-            if state.reference_wer is None or wer <= state.reference_wer - float(stopping.min_delta):
-                update |= {"reference_wer": wer, "stale_epochs": 0}
-            else:
-                update |= {"stale_epochs": state.stale_epochs + 1}
-                update |= {"stopped_early": state.stale_epochs + 1 >= stopping.patience}
-        self._state = state.model_copy(update=update)
+        judged = judge_epoch(state, wer, self._settings.early_stopping)
+        seconds = state.training_seconds + time.monotonic() - began
+        self._state = judged.model_copy(update={"training_seconds": seconds})
+        if judged.best_epoch == state.epoch and self._rank == 0:
+            adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
         _log.info("epoch finished", extra={"epoch": state.epoch + 1, "wer": round(wer, 4)})
         self._tell("validated", epoch=state.epoch + 1, wer=wer)
 
@@ -311,7 +302,7 @@ class Training:
     def _save_checkpoint(self) -> None:
         """Writes weights, optimiser, random state, position and best adapters; complete once it is sealed."""
         state = self._state
-        folder = self._settings.checkpoints / checkpoints.folder_name(state.step)
+        folder = self._settings.checkpoints / checkpoints.folder_name(state.step, state.epoch)
         random_states: list[Any] = [None] * self._processes
         mine = {"host": torch.get_rng_state()}
         if self._device.type == "cuda":
@@ -335,7 +326,6 @@ class Training:
         if self._rank == 0:
             if self._best.is_file():
                 shutil.copyfile(self._best, folder / checkpoints.BEST_FILE)
-            # A folder of this name may be there already, from before the validation: it is this step's newer state.
             (folder / checkpoints.STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
             checkpoints.seal(folder)
             self._tell("checkpoint", step=state.step, folder=str(folder))
@@ -370,7 +360,7 @@ class Training:
         """Exports the best adapters, proves that the merged model computes the same, and says what came out."""
         if self._rank != 0:
             return
-        self._events_stage("Merging", percent=92)
+        self._tell_stage("Merging", percent=92)
         adapters.load_adapter_state(self._model, self._best)
         self._whisper.model.eval()
         probe = min(self._settings.validation, key=lambda one: one.seconds)
@@ -412,7 +402,7 @@ class Training:
     def _stop_wanted(self) -> bool:
         return self._signalled or self._settings.stop_file.exists()
 
-    def _events_stage(self, stage: str, **fields: Any) -> None:
+    def _tell_stage(self, stage: str, **fields: Any) -> None:
         self._tell("progress", stage=stage, **fields)
 
     def _tell(self, kind: str, **fields: Any) -> None:
