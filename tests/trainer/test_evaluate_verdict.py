@@ -57,7 +57,10 @@ SHUFFLED = drawn("tuned", 0.2, seed=2)
         ),
         pytest.param([BASE], [], Decision.NO_FINE_TUNE_NEEDED, "base", "no gate", id="base alone without a gate"),
         pytest.param(
-            [BASE], [wer_gate("0.2")], Decision.INCONCLUSIVE, None, "more words", id="gate inside base's interval"
+            [BASE], [wer_gate("0.21")], Decision.INCONCLUSIVE, None, "more words", id="base passes by luck, maybe"
+        ),
+        pytest.param(
+            [BASE], [wer_gate("0.2")], Decision.FINE_TUNE, None, "interval reaches", id="base fails by ill luck, maybe"
         ),
         pytest.param(
             [BASE], [change_gate("-0.05")], Decision.NO_FINE_TUNE_NEEDED, "base", "no gate", id="nothing to change from"
