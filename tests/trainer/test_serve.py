@@ -24,6 +24,7 @@ from tests.trainer.server_process import ServerProcess, start_server, wait_until
 MODEL_KEY = "serve-tests/mini"
 MODEL_URI = f"s3://attune/{MODEL_KEY}"
 MAX_UPLOAD_BYTES = 2_000_000
+MAX_REQUESTS = 24  # and as many clips
 
 pytestmark = pytest.mark.slow  # the Mini model is trained on first use
 
@@ -39,14 +40,14 @@ def mini_model(s3_server: S3Server) -> Path:
 @pytest.fixture(scope="session")
 def clips() -> list[bytes]:
     """WAV files of the voices that the Mini model knows."""
-    return [file.read_bytes() for file in sorted(ensure_mini_corpus("old").rglob("*.wav"))[:24]]
+    return [file.read_bytes() for file in sorted(ensure_mini_corpus("old").rglob("*.wav"))[:MAX_REQUESTS]]
 
 
 @pytest.fixture(scope="session")
 def texts(mini_model: Path) -> list[str]:
     """What the model makes of the clips without any server."""
     audio = []
-    for file in sorted(ensure_mini_corpus("old").rglob("*.wav"))[:24]:
+    for file in sorted(ensure_mini_corpus("old").rglob("*.wav"))[:MAX_REQUESTS]:
         samples, rate = soundfile.read(file, dtype="float32")
         assert rate == 16000
         audio.append(samples)
@@ -61,7 +62,7 @@ def server(s3_server: S3Server, mini_model: Path, tmp_path_factory: pytest.TempP
         MODEL_URI,
         ATTUNE_MODEL_DIGEST=digest_directory(mini_model),
         ATTUNE_SERVE_MAX_UPLOAD_BYTES=str(MAX_UPLOAD_BYTES),
-        ATTUNE_SERVE_MAX_REQUESTS="32",
+        ATTUNE_SERVE_MAX_REQUESTS=str(MAX_REQUESTS),
     ) as started:
         yield started
 
@@ -222,15 +223,13 @@ class HalfSent:
 
 
 def test_more_requests_than_are_accepted_get_429_and_lose_nothing_else(
-    s3_server: S3Server, mini_model: Path, tmp_path: Path, clips: list[bytes], texts: list[str]
+    server: ServerProcess, clips: list[bytes], texts: list[str]
 ) -> None:
-    with (
-        start_server(s3_server, tmp_path, MODEL_URI, ATTUNE_SERVE_MAX_REQUESTS="3") as server,
-        ThreadPoolExecutor(3) as pool,
-    ):
-        requests = [HalfSent(server, clip) for clip in clips[:3]]
+    with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+        requests = [HalfSent(server, clip) for clip in clips]
         answers = [pool.submit(request.send) for request in requests]
-        wait_until(lambda: server.sample("attune_serve_requests_accepted") == 3, what="three accepted requests")
+        accepted = "attune_serve_requests_accepted"
+        wait_until(lambda: server.sample(accepted) == MAX_REQUESTS, what="as many requests as are accepted")
         refused = server.transcribe(clips[3])
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -238,9 +237,9 @@ def test_more_requests_than_are_accepted_get_429_and_lose_nothing_else(
         assert server.is_ready()  # busy is not broken: probes are answered
         for request in requests:
             request.go()
-        assert [answer.result().json() for answer in answers] == [{"text": text} for text in texts[:3]]
-        wait_until(lambda: server.sample("attune_serve_requests_accepted") == 0, what="free places")
-        assert server.transcribe(clips[3]).json() == {"text": texts[3]}
+        assert [answer.result().json() for answer in answers] == [{"text": text} for text in texts]
+    wait_until(lambda: server.sample(accepted) == 0, what="free places")
+    assert server.transcribe(clips[3]).json() == {"text": texts[3]}
 
 
 def test_sigterm_cuts_no_request_and_says_nothing_of_what_was_said(
