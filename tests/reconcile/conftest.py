@@ -34,8 +34,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """etcd, kube-apiserver and kube-controller-manager, with our CRDs."""
-    state = tmp_path_factory.mktemp("control-plane")
+    """etcd, kube-apiserver and kube-controller-manager, with our CRDs.
+
+    ATTUNE_TEST_CONTROL_PLANE names a folder whose control plane is used and left running: quicker while one writes tests.
+    """
+    kept = os.environ.get("ATTUNE_TEST_CONTROL_PLANE")
+    state = Path(kept) if kept else tmp_path_factory.mktemp("control-plane")
     try:
         path = controlplane.start(state)
         subprocess.run(
@@ -49,7 +53,8 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         connection.close()
         yield path
     finally:
-        controlplane.stop(state)
+        if not kept:
+            controlplane.stop(state)
 
 
 def kubectl() -> Path:
