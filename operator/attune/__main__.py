@@ -149,6 +149,8 @@ class Operator:
         roots = await kopf.spawn_tasks(
             registry=build_registry(controller, children),
             settings=build_kopf_settings(children),
+            # kopf's own guess asks for the user's name, and an arbitrary uid in a container has none.
+            identity=settings.identity or "attune",
             standalone=True,
             clusterwide=not settings.watch_namespaces,
             namespaces=settings.watch_namespaces,
