@@ -110,11 +110,13 @@ class World:
         self.failed: set[tuple[str, str]] = set()
         self.writes = 0
         self.passed: set[str] = set()
+        self.seen_weight = 0  # of the canary, on the route as the present pass found it
 
     # --- reading ---
 
     def observe(self) -> ObservedCanary:
         record = self.route.record if self.route else None
+        self.seen_weight = self.route.canary_weight if self.route else 0
         return ObservedCanary(
             canary=self.canary,
             now=self.now,
@@ -202,6 +204,7 @@ class World:
             case DeleteArm():
                 assert self.route is not None
                 assert self.route.canary_weight == 0, "the canary arm may go only when nothing reaches it"
+                assert self.seen_weight == 0, "and only in a pass that has found the route so"
                 if action.track in self.arms:
                     self.writes += 1
                     del self.arms[action.track]

@@ -1,12 +1,12 @@
 """Whatever happens in whatever order, a Canary keeps its promises; the world asserts them on every write."""
 
 import hypothesis.strategies as st
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
 from attune.api.canary import Outcome
 from attune.contract.metrics import Track
 from attune.domain.canary import decide_canary
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from tests.unit.canary_world import World, build_canary, build_dataset
 
 MODELS = st.sampled_from(["base", "tuned", "bad", "broken"])
@@ -127,4 +127,4 @@ class CanaryMachine(RuleBasedStateMachine):
 
 
 TestCanary = CanaryMachine.TestCase
-TestCanary.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCanary.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
