@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from attune.contract.environment import WORK_DIRECTORY_VARIABLE
@@ -122,7 +122,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(settings: ServeSettings, load: Callable[[], LoadedModel]) -> bool:
+async def serve(settings: ServeSettings, load: Callable[[], LoadedModel]) -> None:
     """Answers requests from the moment that the model is loaded until SIGTERM, and everything accepted before it ends.
 
     On SIGTERM: /readyz says no, requests are still accepted for settings.drain_seconds, then the listening socket
@@ -131,9 +131,6 @@ async def serve(settings: ServeSettings, load: Callable[[], LoadedModel]) -> boo
     Args:
         settings: what to serve, and the bounds.
         load: runs on the model's thread while the server already answers its probes.
-
-    Returns:
-        Whether the model's thread is idle; False when SIGTERM came while it was still loading.
 
     Raises:
         RecipeFailure: the model could not be loaded.
@@ -202,7 +199,6 @@ async def serve(settings: ServeSettings, load: Callable[[], LoadedModel]) -> boo
         serving.result()
         if not asked.is_set():
             raise RuntimeError("the server ended by itself")
-        return service.batcher is not None
     finally:
         for task in (serving, working, draining):
             task.cancel()
@@ -210,8 +206,8 @@ async def serve(settings: ServeSettings, load: Callable[[], LoadedModel]) -> boo
         service.decoders.shutdown(wait=False, cancel_futures=True)
 
 
-def main(arguments: list[str]) -> ExitCode:
-    """Serves as the environment says.
+def main(arguments: list[str]) -> NoReturn:
+    """Serves as the environment says, and ends the process with 0 once it was asked to end.
 
     Raises:
         RecipeFailure: the settings or the model are at fault; the termination message says so too.
@@ -224,7 +220,7 @@ def main(arguments: list[str]) -> ExitCode:
         configured = os.environ.get(WORK_DIRECTORY_VARIABLE)
         directory = Path(configured or tempfile.mkdtemp(prefix="attune-")) / "model"
         _log.info("serving starts", extra={"model_id": settings.model_id, "track": settings.track.value})
-        idle = asyncio.run(serve(settings, lambda: load_model(settings, directory)))
+        asyncio.run(serve(settings, lambda: load_model(settings, directory)))
     except Exception as error:
         failure = from_exception(error, "serve")
         if not isinstance(error, RecipeFailure):
@@ -232,8 +228,7 @@ def main(arguments: list[str]) -> ExitCode:
         write_termination_message(summarise(failure=failure.to_failure()))
         raise failure from error
     _log.info("everything accepted is answered")
-    if not idle:
-        # A load that was under way cannot be interrupted, and nothing it would still do is wanted.
-        logging.shutdown()
-        os._exit(ExitCode.OK)
-    return ExitCode.OK
+    # A load that was under way cannot be interrupted, and taking torch apart orderly costs seconds: a pod that has
+    # answered everything has no use for either.
+    logging.shutdown()
+    os._exit(ExitCode.OK)
