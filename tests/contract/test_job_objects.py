@@ -1,0 +1,147 @@
+"""The Job and its job.json: what the operator writes is what the trainer reads."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attune.api.meta import PodResources
+from attune.contract.environment import STORE_SECRET_KEYS
+from attune.contract.exitcode import Disposition, ExitCode
+from attune.contract.job import JobSpec
+from attune.contract.result import Summary
+from attune.domain.actions import EnsureJob
+from attune.render.job import CONTAINER, build_config_map, build_job, build_pod_failure_policy, build_thread_environment
+from attune.settings import Settings
+from attune_trainer.job import read_spec, summarise
+from attune_trainer.store import Store
+
+from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED
+from tests.unit.worlds import decide, enact, observe
+
+SETTINGS = Settings(trainer_image="registry.test/trainer:1", inference_image="registry.test/inference:1")
+SOURCES = [
+    {"s3": {"uri": "s3://internal/calls/"}, "format": "Manifest", "manifest": "transcripts.jsonl"},
+    {"s3": {"uri": "s3://partner/", "credentialsSecretRef": {"name": "partner"}}, "format": "Directory"},
+]
+
+
+def wanted(kind: str, **spec: Any) -> EnsureJob:
+    """The wish for a Job that a resource of this kind has."""
+    world = observe(kind, **spec)
+    for _ in range(3):
+        plan = decide(world)
+        for action in plan.actions:
+            if isinstance(action, EnsureJob):
+                return action
+        world = enact(world, plan)
+    raise AssertionError(f"{kind} wants no Job")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "spec"),
+    [
+        ("job-prepare", "Dataset", {"sources": SOURCES, "resources": {"limits": {"cpu": "2", "memory": "2Gi"}}}),
+        ("job-finetune", "FineTune", {"earlyStopping": {"patience": 2}, "checkpoint": {"everySteps": 20}}),
+        ("job-evaluate", "Evaluation", {"gates": [{"metric": "Wer", "maxChangeFromBaseline": "-0.05"}]}),
+    ],
+)
+def test_objects_are_as_reviewed(
+    golden: Callable[[str, Any], None], name: str, kind: str, spec: dict[str, Any]
+) -> None:
+    action = wanted(kind, **spec)
+    config = build_config_map(action)
+    spec_file = json.loads(config["data"].pop("job.json"))
+    golden(name, {"job": build_job(action, SETTINGS), "config": config, "job.json": spec_file})
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])
+def test_trainer_reads_what_the_operator_writes(kind: str, tmp_path: Path) -> None:
+    action = wanted(kind)
+    file = tmp_path / "job.json"
+    file.write_text(build_config_map(action)["data"]["job.json"])
+    assert read_spec(file) == action.spec
+    assert JobSpec.model_validate_json(file.read_text()).owner.kind == kind
+
+
+def test_environment_of_the_pod_is_what_the_trainer_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    action = wanted("Dataset", sources=SOURCES)
+    (container,) = build_job(action, SETTINGS)["spec"]["template"]["spec"]["containers"]
+    secrets = {
+        "attune-store": {"endpoint": "http://s3:9000", "bucket": "attune", "accessKey": "a", "secretKey": "b"},
+        "partner": {"endpoint": "https://partner", "accessKey": "c", "secretKey": "d"},
+    }
+    for variable in container["env"]:
+        reference = variable.get("valueFrom", {}).get("secretKeyRef")
+        if reference is None:
+            continue
+        value = secrets[reference["name"]].get(reference["key"])
+        assert value is not None or reference.get("optional"), f"{variable['name']} would hold the pod back"
+        if value is not None:
+            monkeypatch.setenv(variable["name"], value)
+    store = Store.from_environment()
+    assert (store.endpoint, store.bucket) == ("http://s3:9000", "attune")
+    source = Store.from_environment("ATTUNE_SOURCE_1_", bucket="partner", like=store)
+    assert source.endpoint == "https://partner"
+    assert set(STORE_SECRET_KEYS) <= {one["name"] for one in container["env"]}
+
+
+def test_missing_secret_holds_the_pod_back_instead_of_failing_it() -> None:
+    (container,) = build_job(wanted("Dataset", sources=SOURCES), SETTINGS)["spec"]["template"]["spec"]["containers"]
+    required = {
+        reference["name"]
+        for variable in container["env"]
+        if (reference := variable.get("valueFrom", {}).get("secretKeyRef")) and not reference.get("optional")
+    }
+    assert required == {"attune-store", "partner"}
+
+
+def test_every_exit_code_has_its_rule_and_disruption_comes_first() -> None:
+    rules = build_pod_failure_policy()["rules"]
+    assert rules[0] == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    ruled = {code: rule["action"] for rule in rules[1:] for code in rule["onExitCodes"]["values"]}
+    assert all(rule["onExitCodes"]["containerName"] == CONTAINER for rule in rules[1:])
+    for code in ExitCode:
+        expected = None if code is ExitCode.OK or code.disposition is Disposition.RETRY else code.disposition.value
+        assert ruled.get(int(code)) == expected, code
+    assert ruled[137] == "FailJob"
+
+
+@pytest.mark.parametrize("result", [PREPARED, TRAINED, EVALUATED])
+def test_termination_message_survives_the_way_back(result: Any) -> None:
+    message = summarise(result=result).to_message()
+    assert Summary.model_validate_json(message).result == result
+
+
+def test_pods_fit_the_restricted_standard() -> None:
+    for kind in ("Dataset", "FineTune", "Evaluation"):
+        pod = build_job(wanted(kind), SETTINGS)["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {next(iter(set(one) - {"name"})) for one in pod["volumes"]} == {"configMap", "emptyDir"}
+
+
+def test_owners_labels_are_not_copied() -> None:
+    world = observe("Dataset")
+    tracked = {"argocd.argoproj.io/instance": "x", "app.kubernetes.io/managed-by": "Helm"}
+    metadata = world.resource.metadata.model_copy(update={"labels": tracked, "annotations": tracked})
+    tracked_world = replace(world, resource=world.resource.model_copy(update={"metadata": metadata}))  # type: ignore[arg-type]
+    (action,) = [one for one in decide(tracked_world).actions if isinstance(one, EnsureJob)]
+    text = json.dumps([build_job(action, SETTINGS), build_config_map(action)])
+    assert "argocd" not in text
+    assert "Helm" not in text
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("2", "2"), ("1500m", "1"), ("250m", "1"), ("4.5", "4")])
+def test_threads_follow_the_cpu_limit(limit: str, threads: str) -> None:
+    assert build_thread_environment(PodResources(limits={"cpu": limit})) == {"OMP_NUM_THREADS": threads}
+    assert build_thread_environment(None) == {}
