@@ -2,8 +2,9 @@
 """The Mini model: a Whisper-architecture checkpoint of about 1 MB, trained from scratch on synthesised speech.
 
 It knows 60 words, spells them with a vocabulary of 33 characters and special tokens, and hears espeak-ng's voices. It
-proves machinery, not accuracy. Training takes about two minutes on two cores; model and corpora are kept in the cache
-under the hash of this file, so that every test and every CI run shares them.
+proves machinery, not accuracy. Its attune.json asks for length buckets: it never heard 30 s of padding. Training takes
+about two minutes on two cores; model and corpora are kept in the cache under the hash of this file, so that every test
+and every CI run shares them.
 
     python tests/assets/mini_model.py             # trains the model and makes both corpora, showing progress
 
@@ -34,6 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+# Threads that wait in a loop cost more than they bring to so small a network, above all on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import jiwer
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +45,10 @@ import soundfile
 import soxr
 import torch
 from attune.contract.training import Padding
-from attune_trainer.modeling.artifact import Artifact
+from attune_trainer.modeling.artifact import Artifact, write_artifact
 from attune_trainer.modeling.buckets import BUCKETS
 from attune_trainer.modeling.recognizer import Recognizer, load_recognizer
-from attune_trainer.modeling.whisper import SAMPLE_RATE, SlicedWhisperEncoder, load_whisper
+from attune_trainer.modeling.whisper import SAMPLE_RATE, SlicedWhisperEncoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -69,17 +73,18 @@ END, START, PREVIOUS, NO_SPEECH, NO_TIMESTAMPS = (
     "<|notimestamps|>",
 )
 
-TRAINING_UTTERANCES: Final = 5000
-STEPS: Final = 900
-BATCH: Final = 48
-LONG_BATCH: Final = 16
+TRAINING_UTTERANCES: Final = 3500
+STEPS: Final = 700
+BATCH: Final = 32
+CTC_WEIGHT: Final = 0.5
 LEARNING_RATE: Final = 2e-3
-WARM_UP_STEPS: Final = 150
+WARM_UP_STEPS: Final = 100
 SEED: Final = 7
-MAX_DEV_WER: Final = 0.03
+MAX_DEV_WER: Final = 0.05
 
+# Read on import, so that an edit of this file can't put what the old one made in the new one's place.
+_VERSION: Final = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 _FRAME_SECONDS: Final = 0.01
-_WINDOW_FRAMES: Final = 3000
 _SILENCE_BELOW_PEAK: Final = 2.0  # Whisper floors log-mel at 8 below the peak (log10 of power), then divides by 4
 
 NUMBERS: Final = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -108,18 +113,12 @@ OLD_VOICES: Final = tuple(
     Voice(f"old-{index}", voice, pitch, speed)
     for index, (voice, pitch, speed) in enumerate(
         (
-            ("en-us", 50, 200),
-            ("en-us+m1", 45, 190),
-            ("en-us+m3", 35, 210),
-            ("en-us+f1", 55, 200),
-            ("en-us+f2", 60, 220),
-            ("en-us+f3", 50, 190),
-            ("en-gb", 50, 200),
-            ("en-gb+m2", 40, 210),
-            ("en-gb+m7", 50, 200),
-            ("en-gb+f4", 55, 190),
-            ("en-gb-x-rp", 45, 210),
-            ("en-gb-x-rp+f2", 60, 200),
+            ("en-us", 50, 230),
+            ("en-us+m3", 35, 240),
+            ("en-us+f2", 60, 250),
+            ("en-gb", 50, 230),
+            ("en-gb+m7", 50, 240),
+            ("en-gb+f4", 55, 230),
         )
     )
 )
@@ -127,18 +126,18 @@ NEW_VOICES: Final = tuple(
     Voice(f"new-{index}", voice, pitch, speed)
     for index, (voice, pitch, speed) in enumerate(
         (
-            ("en-gb-scotland+klatt2", 30, 230),
-            ("en-gb-scotland+f5", 80, 220),
-            ("en-029+klatt3", 40, 240),
-            ("en-029+m4", 20, 230),
-            ("en-029+f5", 85, 210),
-            ("en-gb-x-gbcwmd+klatt4", 60, 230),
-            ("en-gb-x-gbcwmd+croak", 30, 220),
-            ("en-gb-x-gbclan+m5", 15, 240),
-            ("en-gb-x-gbclan+f5", 90, 220),
-            ("en-us-nyc+klatt", 45, 250),
-            ("en-us-nyc+whisper", 50, 210),
-            ("en-us-nyc+m8", 25, 250),
+            ("en-gb-scotland+klatt2", 30, 260),
+            ("en-gb-scotland+f5", 80, 250),
+            ("en-029+klatt3", 40, 270),
+            ("en-029+m4", 20, 260),
+            ("en-029+f5", 85, 240),
+            ("en-gb-x-gbcwmd+klatt4", 60, 260),
+            ("en-gb-x-gbcwmd+croak", 30, 250),
+            ("en-gb-x-gbclan+m5", 15, 270),
+            ("en-gb-x-gbclan+f5", 90, 250),
+            ("en-us-nyc+klatt", 45, 280),
+            ("en-us-nyc+whisper", 50, 240),
+            ("en-us-nyc+m8", 25, 280),
         )
     )
 )
@@ -222,7 +221,7 @@ def speak_all(sentences: Sequence[str], voices: Sequence[Voice], seed: int, *, v
     program = ensure_espeak()
     generator = random.Random(seed)  # noqa: S311 (repeatable, not secret)
     jobs = [
-        (text, voices[index % len(voices)], generator.randint(-10, 10) * vary, generator.randint(-20, 30) * vary)
+        (text, voices[index % len(voices)], generator.randint(-6, 6) * vary, generator.randint(-15, 15) * vary)
         for index, text in enumerate(sentences)
     ]
     done: list[Utterance] = []
@@ -231,7 +230,7 @@ def speak_all(sentences: Sequence[str], voices: Sequence[Voice], seed: int, *, v
             lambda job: speak(program, job[0], job[1], pitch_shift=job[2], speed_shift=job[3]), jobs
         ):
             done.append(utterance)
-            if len(done) % 1000 == 0:
+            if len(done) % 500 == 0:
                 print(f"  spoken: {len(done)} of {len(jobs)}", flush=True)
     return done
 
@@ -315,11 +314,7 @@ def make_examples(utterances: Sequence[Utterance], tokenizer: WhisperTokenizerFa
 
 
 def draw_batches(examples: Sequence[Example], generator: random.Random) -> Iterator[tuple[list[Example], int]]:
-    """Draws batches of clips of like length, forever, each with the frames to pad it to.
-
-    Most get the short tail of a length bucket, some a longer one, and a few the whole window: so the model can be
-    served either way, as a pretrained Whisper can't and a tuned one can.
-    """
+    """Draws batches of clips of like length, forever, each with the frames to pad it to: as buckets will pad it."""
     while True:
         order = sorted(range(len(examples)), key=lambda i: examples[i].mel.shape[1] + generator.uniform(-10, 10))
         starts = list(range(0, len(order) - BATCH + 1, BATCH))
@@ -327,13 +322,7 @@ def draw_batches(examples: Sequence[Example], generator: random.Random) -> Itera
         for start in starts:
             batch = [examples[i] for i in order[start : start + BATCH]]
             longest = max(example.mel.shape[1] for example in batch)
-            kind = generator.random()
-            if kind < 0.04:
-                yield batch[:: BATCH // LONG_BATCH], _WINDOW_FRAMES
-            elif kind < 0.3:
-                yield batch, longest + 2 * generator.randint(50, 150)
-            else:
-                yield batch, longest + 2 * generator.randint(15, 50)
+            yield batch, longest + 2 * generator.randint(25, 50)
 
 
 def collate(batch: Sequence[Example], frames: int, end: int, generator: random.Random) -> tuple[Tensor, Tensor]:
@@ -356,7 +345,12 @@ def collate(batch: Sequence[Example], frames: int, end: int, generator: random.R
 def train(model: WhisperForConditionalGeneration, examples: Sequence[Example], start: int, end: int) -> None:
     """Trains for STEPS steps: AdamW, warm-up, cosine to nothing."""
     generator = random.Random(SEED)  # noqa: S311 (repeatable, not secret)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    # A second, frame by frame reading of the encoder's output, thrown away afterwards: with it the encoder learns to
+    # spell before the decoder knows where to look, and the whole needs a fraction of the steps.
+    speller = nn.Linear(model.config.d_model, model.config.vocab_size)
+    optimiser = torch.optim.AdamW(
+        [*model.parameters(), *speller.parameters()], lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
         lambda step: min((step + 1) / WARM_UP_STEPS, 0.5 * (1 + math.cos(math.pi * min(1.0, step / STEPS)))),
@@ -371,15 +365,27 @@ def train(model: WhisperForConditionalGeneration, examples: Sequence[Example], s
             input_ids=before.masked_fill(before < 0, end), encoder_hidden_states=encoded, use_cache=False
         ).last_hidden_state
         loss = nn.functional.cross_entropy(model.proj_out(hidden).transpose(1, 2), labels)
+        spelled = nn.functional.ctc_loss(
+            speller(encoded).log_softmax(-1).transpose(0, 1),
+            labels[:, 1:].clamp(min=0),  # without no-timestamps
+            torch.full((len(batch),), encoded.shape[1]),
+            torch.tensor([len(example.tokens) - 2 for example in batch]),  # and without the end
+            blank=end,
+            zero_infinity=True,
+        )
         optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss + CTC_WEIGHT * spelled)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if step % 50 == 0:
             taken = time.monotonic() - began
             left = taken / step * (STEPS - step)
-            print(f"  step {step} of {STEPS}: loss {loss.item():.3f}, {taken:.0f} s, {left:.0f} s left", flush=True)
+            print(
+                f"  step {step} of {STEPS}: loss {loss.item():.3f} and {spelled.item():.3f}, "
+                f"{taken:.0f} s, {left:.0f} s left",
+                flush=True,
+            )
     model.eval()
 
 
@@ -417,7 +423,7 @@ def read_corpus(folder: Path) -> list[Utterance]:
 def cache_folder() -> Path:
     """The folder of everything that this version of the script made."""
     root = Path(os.environ.get("ATTUNE_CACHE") or Path.home() / ".cache" / "attune")
-    return root / "mini" / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    return root / "mini" / _VERSION
 
 
 @contextmanager
@@ -489,17 +495,14 @@ def _train_into(folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
+    write_artifact(folder, Artifact(padding=Padding.BUCKETS, buckets=BUCKETS))
     for path in folder.iterdir():
         path.chmod(0o644)
     dev = dev_utterances()
-    padded = measure_wer(load_recognizer(folder, "cpu"), dev)
-    sliced = measure_wer(Recognizer(load_whisper(folder), Artifact(padding=Padding.BUCKETS, buckets=BUCKETS)), dev)
-    print(
-        f"  dev WER {padded:.1%} padded to 30 s, {sliced:.1%} in buckets; {time.monotonic() - began:.0f} s in all",
-        flush=True,
-    )
-    if max(padded, sliced) > MAX_DEV_WER:
-        message = f"the mini model has {padded:.1%} / {sliced:.1%} dev WER, it should have at most {MAX_DEV_WER:.0%}"
+    wer = measure_wer(load_recognizer(folder, "cpu"), dev)
+    print(f"  dev WER {wer:.1%}; {time.monotonic() - began:.0f} s in all", flush=True)
+    if wer > MAX_DEV_WER:
+        message = f"the mini model has {wer:.1%} dev WER, it should have at most {MAX_DEV_WER:.0%}"
         raise RuntimeError(message)
 
 

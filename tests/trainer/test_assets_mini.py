@@ -5,11 +5,7 @@ import wave
 from pathlib import Path
 
 import pytest
-from attune.contract.training import Padding
-from attune_trainer.modeling.artifact import Artifact
-from attune_trainer.modeling.buckets import BUCKETS
-from attune_trainer.modeling.recognizer import Recognizer, load_recognizer
-from attune_trainer.modeling.whisper import load_whisper
+from attune_trainer.modeling.recognizer import load_recognizer
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from tests.assets import mini_model
@@ -28,7 +24,7 @@ def test_a_corpus_repeats_no_sentence_and_names_files_that_are_there(kind: mini_
     rows = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == {"old": 200, "new-voices": 400}[kind]
     assert len({row["text"] for row in rows}) == len(rows)
-    assert len({row["speaker"] for row in rows}) == 12
+    assert len({row["speaker"] for row in rows}) == {"old": 6, "new-voices": 12}[kind]
     assert {word for row in rows for word in row["text"].split()} == set(mini_model.WORDS)
     for row in rows:
         with wave.open(str(folder / row["audio"])) as audio:
@@ -59,15 +55,11 @@ def test_every_word_survives_the_tokenizer_and_text_comes_before_special_tokens(
     assert max(ids) < min(tokenizer.all_special_ids)
 
 
-def test_it_hears_its_own_voices_however_it_is_padded(model: Path) -> None:
-    utterances = mini_model.read_corpus(mini_model.ensure_mini_corpus("old"))[:60]
-    padded = mini_model.measure_wer(load_recognizer(model, "cpu"), utterances)
-    buckets = Recognizer(load_whisper(model), Artifact(padding=Padding.BUCKETS, buckets=BUCKETS))
-    sliced = mini_model.measure_wer(buckets, utterances)
-    assert max(padded, sliced) < 0.05
+def test_it_hears_its_own_voices(model: Path) -> None:
+    utterances = mini_model.read_corpus(mini_model.ensure_mini_corpus("old"))
+    assert mini_model.measure_wer(load_recognizer(model, "cpu"), utterances) < 0.05
 
 
 def test_it_mishears_new_voices_but_not_beyond_what_tuning_can_mend(model: Path) -> None:
     utterances = mini_model.read_corpus(mini_model.ensure_mini_corpus("new-voices"))
-    buckets = Recognizer(load_whisper(model), Artifact(padding=Padding.BUCKETS, buckets=BUCKETS))
-    assert 0.15 < mini_model.measure_wer(buckets, utterances) < 0.7
+    assert 0.15 < mini_model.measure_wer(load_recognizer(model, "cpu"), utterances) < 0.8
