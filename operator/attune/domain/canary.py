@@ -42,6 +42,7 @@ from attune.domain.actions import (
     RolloutRecord,
 )
 from attune.domain.arms import ObservedArm, ObservedGateway, ObservedRoute
+from attune.domain.conditions import State
 from attune.domain.jobs import (
     SUSPENDED,
     Availability,
@@ -427,8 +428,8 @@ def _standing_of(o: ObservedCanary, problem: Problem) -> Standing:
     serving = _is_serving(o)
     if problem.waits:
         phase = Phase.HEALTHY if serving else Phase.INITIALIZING
-        state = "True" if serving and o.stable_ready else "False"
-        return Standing(state, phase, problem.reason, problem.message, working=True)  # type: ignore[arg-type]
+        state: State = "True" if serving and o.stable_ready else "False"
+        return Standing(state, phase, problem.reason, problem.message, working=True)
     phase = Phase.DEGRADED if serving else Phase.INITIALIZING
     return Standing("False", phase, problem.reason, problem.message, stalled=True)
 
@@ -449,8 +450,8 @@ def _suspend(o: ObservedCanary) -> _Next:
     target = resolve_target(o)
     as_wanted = not isinstance(target, Problem) and record is None and target.revision == _stable_model(o).revision
     serving = _is_serving(o) and o.stable_ready
-    state = ("True" if as_wanted else "Unknown") if serving else "False"
-    standing = Standing(state, Phase.PAUSED, SUSPENDED, message)  # type: ignore[arg-type]
+    state: State = ("True" if as_wanted else "Unknown") if serving else "False"
+    standing = Standing(state, Phase.PAUSED, SUSPENDED, message)
     return _Next((), standing, weight, record)
 
 
