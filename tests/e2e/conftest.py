@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.assets.mini_model import ensure_mini_corpus, ensure_mini_model
 
 from devcluster import client
+from tests.assets.mini_model import ensure_mini_corpus, ensure_mini_model
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = ROOT / "examples" / "telephone-prompts" / "operator-values.yaml"

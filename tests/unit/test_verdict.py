@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from attune.api.canary import AnalysisVerdict, WerTest
 from attune.contract import metrics
 from attune.domain.verdict import (
@@ -20,6 +17,8 @@ from attune.domain.verdict import (
     judge,
     read_sums,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 TEST = WerTest(min_words=300)
 # The docstring's example: 100 utterances of 5 words.

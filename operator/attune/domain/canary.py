@@ -517,9 +517,7 @@ def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel) -> _Nex
     return _Next(tuple(actions), standing, 0, record, waiting, _SOON_SECONDS if not moved else _WAIT_SECONDS)
 
 
-def _roll(
-    o: ObservedCanary, record: RolloutRecord, target: ArmModel | None, blocked: Problem | None = None
-) -> _Next:
+def _roll(o: ObservedCanary, record: RolloutRecord, target: ArmModel | None, blocked: Problem | None = None) -> _Next:
     """Takes a rollout one pass further. blocked: the model that is wanted can't be told; nothing goes up then."""
     record = _resume(o, record)
     model = target or (o.trial.model if o.trial is not None else None)
