@@ -36,7 +36,7 @@ SETTINGS = {
 def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """etcd, kube-apiserver and kube-controller-manager, with our CRDs.
 
-    ATTUNE_TEST_CONTROL_PLANE names a folder whose control plane is used and left running: quicker while one writes tests.
+    ATTUNE_TEST_CONTROL_PLANE names a folder whose control plane is used and left running: quicker while writing tests.
     """
     kept = os.environ.get("ATTUNE_TEST_CONTROL_PLANE")
     state = Path(kept) if kept else tmp_path_factory.mktemp("control-plane")

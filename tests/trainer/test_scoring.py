@@ -85,7 +85,7 @@ def test_corpus_rate_is_no_mean_of_rates() -> None:
 
 def corpus(seed: int, utterances: int, error_rate: float) -> tuple[list[str], list[str]]:
     """References and hypotheses whose words were replaced, dropped or doubled by chance."""
-    drawn = random.Random(seed)  # noqa: S311 (a test's data)
+    drawn = random.Random(seed)
     references = [" ".join(drawn.choices(WORDS, k=drawn.randint(1, 9))) for _ in range(utterances)]
     hypotheses = []
     for reference in references:
