@@ -12,7 +12,7 @@ from attune.domain.actions import DeleteJob, EmitEvent, EnsureJob
 from attune.domain.dataset import ObservedDataset, decide_dataset
 from attune.domain.evaluation import ObservedEvaluation, decide_evaluation
 from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune, build_model_id, decide_finetune
-from attune.domain.jobs import ObservedJob, describe_availability
+from attune.domain.jobs import ObservedJob, ObservedPod, describe_availability
 from attune.domain.names import build_job_name, fingerprint, is_same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,8 +140,16 @@ def test_state_of_a_job_becomes_a_reason(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_running_pod_shows_as_work(kind: str) -> None:
-    status = decide(with_job(kind, pods=(pod(phase="Running", ip="10.0.0.1"),))).status
+@pytest.mark.parametrize(
+    "working",
+    [
+        pytest.param(pod(phase="Running", ip="10.0.0.1"), id="its container runs"),
+        pytest.param(pod(phase="Running", exit_code=0), id="its container has ended, the pod has not"),
+        pytest.param(pod(phase="Succeeded", exit_code=0), id="the pod has ended, the Job has not"),
+    ],
+)
+def test_running_pod_shows_as_work(kind: str, working: ObservedPod) -> None:
+    status = decide(with_job(kind, pods=(working,))).status
     assert (
         condition(status, TERMINAL[kind])[1]
         == {

@@ -251,12 +251,11 @@ def _decide_wanted(
 def _describe_pods(wanted: EnsureJob, job: ObservedJob, words: Wording, surroundings: Surroundings) -> Standing | None:
     """Says where a Job stands that is neither held nor ended; None while its pod is on its way."""
     pod = job.newest_pod
-    if job.running_pod is not None:
-        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}")
     if pod is None:
         return None
-    if pod.phase == "Succeeded":
-        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}; it is about to end")
+    # A container that has just ended shows before its pod has, and the pod before its Job: all of that is still work.
+    if job.running_pod is not None or pod.phase in ("Running", "Succeeded"):
+        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}")
     if pod.phase == "Failed":
         reason, message, _ = describe_failure(job, words)
         cause = "its pod was evicted" if pod.disrupted else f"{reason}: {message}"
