@@ -338,3 +338,10 @@ def test_settings_come_from_the_environment_and_empty_ones_count_as_absent() -> 
 def test_a_wrong_setting_is_named(change: dict[str, str], variable: str) -> None:
     with pytest.raises(InvalidInput, match=variable):
         ServeSettings.from_environment(ENVIRONMENT | change)
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/serving.md").read_text()
+    given_by_the_operator = {"model_uri", "model_digest", "model_id", "track"}
+    for name in set(ServeSettings.model_fields) - given_by_the_operator:
+        assert f"`ATTUNE_SERVE_{name.upper()}`" in page
