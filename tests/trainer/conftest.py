@@ -83,7 +83,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         )
         try:
             (folder / "meta").mkdir(exist_ok=True)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while True:
                 assert process.poll() is None, (folder / "log").read_text()
                 assert time.monotonic() < deadline, (folder / "log").read_text()
@@ -94,7 +94,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=120)
 
 
 @pytest.fixture
