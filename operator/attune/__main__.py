@@ -180,7 +180,7 @@ class Operator:
             NotLeader: then.
         """
         while True:
-            await asyncio.sleep(self._lease.retry_seconds)
+            await asyncio.sleep(self._lease.renew_seconds)
             with contextlib.suppress(Refused):
                 await asyncio.to_thread(self._lease.try_acquire)
             self._lease.check()

@@ -42,8 +42,13 @@ class Lease:
 
     @property
     def retry_seconds(self) -> float:
-        """How often to renew, or to ask whether the Lease is free."""
+        """How often to ask whether the Lease is free."""
         return min(2.0, self._seconds / 5)
+
+    @property
+    def renew_seconds(self) -> float:
+        """How often to renew: three times before writes would stop."""
+        return self._seconds / 5
 
     def is_held(self) -> bool:
         """Tells whether this process may write now."""
