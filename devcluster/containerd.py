@@ -75,10 +75,12 @@ def _adopt(node: Node, blob: Blob) -> bool:
         # The cache lies on another file system.
         return False
     expected = ("--expected-digest", blob.digest, "--expected-size", str(blob.size))
-    ingested = subprocess.run(
-        node.ctr("content", "ingest", *expected, f"attune-{digest}"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
+    # It takes the whole content for written already and goes to the end of its input, which must be as long.
+    with blob.file.open("rb") as content:
+        ingested = subprocess.run(
+            node.ctr("content", "ingest", *expected, f"attune-{digest}"),
+            stdin=content,
+            capture_output=True,
+            check=False,
+        )
     return ingested.returncode == 0

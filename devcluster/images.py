@@ -12,7 +12,7 @@ from devcluster import artifacts, binaries, build, containerd, paths, versions
 from devcluster.build import RECIPES, Buildah, Recipe
 from devcluster.errors import ClusterError
 from devcluster.node import PAUSE_IMAGE, Node
-from devcluster.oci import Blob, Image, write_layer
+from devcluster.oci import Image, write_layer
 from devcluster.progress import step
 
 COREDNS_IMAGE = f"docker.io/coredns/coredns:{versions.COREDNS}"
@@ -28,10 +28,10 @@ def folder() -> Path:
     return made
 
 
-def _program_image(name: str, place: str, program: Path, below: Sequence[Blob] = ()) -> Image:
-    """An image of one program, on the layers of a base where it needs libraries."""
+def _program_image(name: str, place: str, program: Path) -> Image:
+    """An image of one program and nothing else."""
     layer = write_layer(folder() / f"{Path(place).name}-{program.parent.name}.tar", {place: program})
-    return Image.of_layers(name, [*below, layer], {"Entrypoint": [place], "Env": [SEARCH_PATH]})
+    return Image.of_layers(name, [layer], {"Entrypoint": [place], "Env": [SEARCH_PATH]})
 
 
 def pause() -> Image:
@@ -56,10 +56,10 @@ def traefik() -> Image:
     return _program_image(name, "/usr/local/bin/traefik", artifacts.traefik())
 
 
-def prometheus(base: Path) -> Image:
-    """The platform's Prometheus, under its upstream name; Debian's program needs a C library."""
+def prometheus() -> Image:
+    """The platform's Prometheus, under its upstream name."""
     name = f"docker.io/prom/prometheus:v{versions.PROMETHEUS}"
-    return _program_image(name, "/bin/prometheus", artifacts.prometheus(), [Blob.of_file(base)])
+    return _program_image(name, "/bin/prometheus", binaries.find("prometheus"))
 
 
 def load_built(node: Node, image: Callable[[], Image], what: str) -> None:

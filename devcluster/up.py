@@ -125,9 +125,9 @@ def _up_node() -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
         programs = pool.submit(binaries.ensure, [*node.PROGRAMS, "pause", "coredns"])
         built = pool.submit(lambda: [images.build_for_node(recipe) for recipe in images.recipes(())])
-        downloads = pool.submit(lambda: (artifacts.traefik(), artifacts.prometheus(), artifacts.gateway_api()))
+        downloads = pool.submit(lambda: (artifacts.traefik(), artifacts.gateway_api()))
         programs.result()
-        rest = pool.submit(binaries.ensure, ["versitygw", "helm"])
+        rest = pool.submit(binaries.ensure, ["versitygw", "prometheus", "helm"])
         current.start()
         images.load_built(current, images.pause, "pause")
         images.load_built(current, images.coredns, "CoreDNS")
@@ -137,9 +137,9 @@ def _up_node() -> None:
             images.load_into_node(current, image)
         downloads.result()
         images.load_built(current, images.traefik, "Traefik")
-        images.load_built(current, lambda: images.prometheus(images.base()), "Prometheus")
         rest.result()
         images.load_built(current, images.versitygw, "versitygw")
+        images.load_built(current, images.prometheus, "Prometheus")
     apply_platform(current.kubectl)
     _wait_rollouts(current.kubectl, {"kube-system": "coredns"})
 
@@ -178,7 +178,14 @@ def _wait_rollouts(kubectl: Kubectl, deployments: dict[str, str]) -> None:
     with step(f"waiting for {', '.join(deployments.values())}") as current:
         for namespace, name in deployments.items():
             current.at(name)
-            kubectl("rollout", "status", f"deployment/{name}", "-n", namespace, f"--timeout={ROLLOUT_SECONDS}s")
+            kubectl(
+                "wait",
+                "--for=condition=Available",
+                f"deployment/{name}",
+                "-n",
+                namespace,
+                f"--timeout={ROLLOUT_SECONDS}s",
+            )
 
 
 def load_images(names: list[str]) -> None:
