@@ -56,7 +56,7 @@ class Program:
     @property
     def digest(self) -> str:
         """Changes with anything that the built programs depend on."""
-        digest = hashlib.sha256(repr((self.version, self.packages, self.linker, self.tags, COMPILE)).encode())
+        digest = hashlib.sha256((repr((self.version, self.packages, self.linker, COMPILE)) + self.tags).encode())
         for file in sorted((paths.TOOLS / self.tool).iterdir()):
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()[:12]
