@@ -153,7 +153,9 @@ def write_status(cluster: Cluster, resource: Resource, status: Status) -> bool:
         }
     )
     terminal = next((one for one in status.conditions if one.type == resource.TERMINAL_CONDITION), None)
-    _log.info(
+    # Progress alone is no line in the log: it would be one every few seconds.
+    _log.log(
+        logging.DEBUG if status.conditions == resource.status.conditions else logging.INFO,
         "status written",
         extra={
             "object": f"{resource.KIND}/{metadata.name}",
