@@ -262,6 +262,7 @@ state = "{self.folder / "containerd-state"}"
             "failSwapOn": False,
             "clusterDNS": [CLUSTER_DNS],
             "clusterDomain": "cluster.local",
+            "resolvConf": str(resolver_file()),
             "containerRuntimeEndpoint": f"unix://{self.socket}",
             # A development machine's disk is fuller than a server's, and images were imported, not pulled: keep them.
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
@@ -289,10 +290,32 @@ class Kubectl:
 
     def __call__(self, *arguments: str, text: str | None = None) -> str:
         """Run kubectl and return its output; ClusterError with what it said if it fails."""
-        result = subprocess.run(self.command(*arguments), input=text, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            self.command(*arguments),
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **without_proxy()},
+        )
         if result.returncode:
             raise ClusterError(f"kubectl {' '.join(arguments)} failed: {result.stderr.strip()}")
         return result.stdout
+
+
+def without_proxy() -> dict[str, str]:
+    """Settings that keep clients from asking a proxy for the node's address; none where no proxy is set."""
+    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return {}
+    known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    excepted = ",".join(part for part in (ADDRESS, "127.0.0.1", "localhost", known) if part)
+    return {"NO_PROXY": excepted, "no_proxy": excepted}
+
+
+def resolver_file() -> Path:
+    """The list of name servers for pods: systemd's own where it is, for the other names its stub on loopback."""
+    behind_stub = Path("/run/systemd/resolve/resolv.conf")
+    return behind_stub if behind_stub.exists() else Path("/etc/resolv.conf")
 
 
 def manifest(name: str, **values: str) -> str:

@@ -264,6 +264,7 @@ def environment() -> str:
     lines = []
     if chosen := kubeconfig():
         lines.append(f'export KUBECONFIG="{chosen}"')
+        lines += [f'export {name}="{value}"' for name, value in node.without_proxy().items()]
     lines.append(f'export PATH="{paths.cache() / "bin"}:$PATH"')
     return "\n".join(lines)
 

@@ -47,3 +47,13 @@ def test_no_choice(monkeypatch, wanted, kind_missing, node_missing, message):
 def test_a_user_who_is_not_root_is_told_so(monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert ROOT in node.obstacles()
+
+
+def test_a_proxy_is_not_asked_for_the_node(monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert node.without_proxy() == {}
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
+    monkeypatch.setenv("NO_PROXY", "internal.example.com")
+    expected = f"{node.ADDRESS},127.0.0.1,localhost,internal.example.com"
+    assert node.without_proxy() == {"NO_PROXY": expected, "no_proxy": expected}
