@@ -30,7 +30,7 @@ def gateway_api(kubeconfig: Path, cluster: Cluster) -> None:
         [str(kubectl()), "--kubeconfig", str(kubeconfig), "apply", "--server-side", "-f", str(artifacts.gateway_api())],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     wait_for(lambda: cluster.is_served(GATEWAY) and cluster.is_served(HTTP_ROUTE), "the Gateway API")
 

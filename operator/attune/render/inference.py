@@ -172,7 +172,8 @@ def _build_container(track: Track, model: ArmModel, server: ServerContainer, set
         "resources": build_resources(server.resources),
         # The server listens once the model is fetched and loaded, which may take minutes: liveness waits for that.
         "startupProbe": probe("/healthz", periodSeconds=2, failureThreshold=450),
-        "readinessProbe": probe("/readyz", periodSeconds=2, failureThreshold=2),
+        # A busy node answers late. Pods that go are taken out of the Service at once, without any probe.
+        "readinessProbe": probe("/readyz", periodSeconds=3, failureThreshold=5),
         "livenessProbe": probe("/healthz", periodSeconds=10, failureThreshold=6),
         "securityContext": build_container_security(),
         "terminationMessagePath": TERMINATION_MESSAGE_FILE,
