@@ -2,15 +2,19 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attune.adapters.cluster import CUSTOM, EVENT, JOB, LEASE, Cluster, Object, ResourceType
+from attune.api import Dataset
 from attune.contract.result import Summary
+from attune.domain.actions import Plan
 from attune.errors import Conflict
-from attune.reconcile.boundary import Outcome, reconcile
+from attune.reconcile.boundary import UNKNOWN_ATTEMPTS, Outcome, reconcile
+from attune.reconcile.dispatch import RECONCILERS
 from attune.reconcile.queue import Key
 from attune.settings import Settings
 
@@ -199,6 +203,56 @@ def test_restarted_operator_goes_on_where_it_was(
     namespace.wait_reason("Dataset", "calls", "Prepared")
     namespace.wait_job("new")
     assert len(namespace.jobs("calls")) == 1
+
+
+def test_defect_in_the_operator_is_tried_again_and_then_shown(
+    namespace: Namespace, kubeconfig: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace.apply("Dataset", "calls", {**DATASET, "suspend": True})
+    connection = Cluster.connect(kubeconfig=str(kubeconfig))
+    key = Key("Dataset", namespace.name, "calls")
+
+    def decide(observed: object) -> Plan:
+        raise ZeroDivisionError(str(observed))
+
+    with monkeypatch.context() as patched:
+        patched.setitem(RECONCILERS, "Dataset", replace(RECONCILERS["Dataset"], decide=decide))
+        moment = datetime.now(UTC).replace(microsecond=0)
+        delays = [
+            reconcile(connection, settings, key, moment, failures).look_again_seconds
+            for failures in range(UNKNOWN_ATTEMPTS)
+        ]
+        assert all(delay is not None and delay <= 60 for delay in delays[:-1])
+        # From here on it is looked at as often as everything else is.
+        assert delays[-1] is None
+    shown = namespace.wait_reason("Dataset", "calls", "InternalError")
+    assert "ZeroDivisionError" in shown["message"]
+    assert "s3://" not in shown["message"]
+    assert find_condition(namespace.get("Dataset", "calls"), "Stalled")["status"] == "True"
+    run_to_rest(connection, settings, key)
+    assert find_condition(namespace.get("Dataset", "calls"), "Ready")["reason"] == "Suspended"
+    connection.close()
+
+
+def test_spec_of_another_release_is_shown_and_mended(
+    namespace: Namespace, kubeconfig: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stricter(Dataset):
+        """A release that wants more than the CRD that is installed."""
+
+        wanted_by_a_later_release: str
+
+    namespace.apply("Dataset", "calls", {**DATASET, "suspend": True})
+    connection = Cluster.connect(kubeconfig=str(kubeconfig))
+    key = Key("Dataset", namespace.name, "calls")
+    with monkeypatch.context() as patched:
+        patched.setitem(RECONCILERS, "Dataset", replace(RECONCILERS["Dataset"], model=Stricter))
+        assert step(connection, settings, key).error == "InvalidSpec"
+    shown = namespace.wait_reason("Dataset", "calls", "InvalidSpec")
+    assert "wantedByALaterRelease" in shown["message"]
+    run_to_rest(connection, settings, key)
+    assert find_condition(namespace.get("Dataset", "calls"), "Ready")["reason"] == "Suspended"
+    connection.close()
 
 
 def test_refused_request_is_shown_and_tried_again(namespace: Namespace, operator: OperatorProcess) -> None:
