@@ -48,10 +48,10 @@ from transformers.utils import logging as transformers_logging
 ROTATION = 7
 STEPS = 20
 LEARNING_RATE = 2e-3
-BATCH = 12
+BATCH = 8
 CLIP_SECONDS = (0.8, 4.0)  # short clips carry the same error for less computing
 TAIL_SECONDS = 0.5
-SAMPLE = 64  # prompts on which alpha is chosen
+SAMPLE = 48  # prompts on which alpha is chosen
 SEED = 7
 FIRST_ALPHA = 0.35
 TRIES = 6
