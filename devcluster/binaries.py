@@ -343,18 +343,11 @@ def _build(program: Program, names: list[str], folder: Path, current: Step) -> N
             check=False,
         )
         total = len(listed.stdout.splitlines())
-        build = subprocess.Popen(
+        compiled = 0
+        with subprocess.Popen(
             [
-                command,
-                "build",
-                "-v",
-                *options,
-                *COMPILE,
-                "-ldflags",
-                f"-s -w {program.linker}",
-                "-o",
-                f"{folder}/",
-                *packages,
+                *(command, "build", "-v", *options, *COMPILE, "-ldflags", f"-s -w {program.linker}"),
+                *("-o", f"{folder}/", *packages),
             ],
             cwd=module,
             env=go_environment(),
@@ -362,14 +355,13 @@ def _build(program: Program, names: list[str], folder: Path, current: Step) -> N
             stdout=output,
             stderr=subprocess.PIPE,
             text=True,
-        )
-        compiled = 0
-        for line in build.stderr or ():
-            output.write(line)
-            if "/" in line and " " not in line.strip():
-                compiled += 1
-                current.at(f"{compiled} of at most {total} packages compiled")
-        code = build.wait()
+        ) as build:
+            for line in build.stderr or ():
+                output.write(line)
+                if "/" in line and " " not in line.strip():
+                    compiled += 1
+                    current.at(f"{compiled} of at most {total} packages compiled")
+        code = build.returncode
     if code:
         raise ClusterError(
             f"go build of {', '.join(names)} failed with exit code {code}; the end of {log}:\n{tail(log)}"

@@ -215,7 +215,7 @@ class Buildah:
     def _run(self, arguments: list[str], log: Path, *, what: str, current: Step | None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
-            process = subprocess.Popen(
+            with subprocess.Popen(
                 self.command(*arguments),
                 cwd=paths.REPOSITORY,
                 env=self.environment(),
@@ -223,13 +223,13 @@ class Buildah:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-            )
-            for line in process.stdout or ():
-                output.write(line)
-                output.flush()
-                if current is not None and (said := re.match(r"(?:\[\d+/\d+\] )?(STEP .*|COMMIT.*)", line)):
-                    current.at(said[1][:70].strip())
-            code = process.wait()
+            ) as process:
+                for line in process.stdout or ():
+                    output.write(line)
+                    output.flush()
+                    if current is not None and (said := re.match(r"(?:\[\d+/\d+\] )?(STEP .*|COMMIT.*)", line)):
+                        current.at(said[1][:70].strip())
+            code = process.returncode
         if code:
             raise ClusterError(f"{what} failed with exit code {code}; the end of {log}:\n{tail(log)}")
 

@@ -28,24 +28,24 @@ def load(node: Node, image: Image) -> int:
     for blob in image.blobs:
         if blob.digest not in known and blob.size >= LARGE and _adopt(node, blob):
             known.add(blob.digest)
-    process = subprocess.Popen(
+    moved = 0
+    broken: BrokenPipeError | None = None
+    with subprocess.Popen(
         node.ctr("images", "import", "--local", "-"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    assert process.stdin is not None  # noqa: S101 - PIPE
-    assert process.stdout is not None  # noqa: S101 - PIPE
-    moved = 0
-    broken: BrokenPipeError | None = None
-    try:
-        with process.stdin:
-            moved = image.write_archive(process.stdin, without=known)
-    except BrokenPipeError as error:
-        # What ctr says about it is the better message.
-        broken = error
-    said = process.stdout.read().decode(errors="replace").strip()
-    if process.wait() or broken:
+    ) as process:
+        assert process.stdin is not None  # noqa: S101 - PIPE
+        assert process.stdout is not None  # noqa: S101 - PIPE
+        try:
+            with process.stdin:
+                moved = image.write_archive(process.stdin, without=known)
+        except BrokenPipeError as error:
+            # What ctr says about it is the better message.
+            broken = error
+        said = process.stdout.read().decode(errors="replace").strip()
+    if process.returncode or broken:
         raise ClusterError(f"containerd did not take the image {image.name}: {said}")
     return moved
 
