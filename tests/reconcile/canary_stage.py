@@ -31,10 +31,10 @@ WORDS_EACH = 5
 GOLDEN = 400
 
 
-def build_spec(prometheus: str, model: str = "base", **changes: Any) -> dict[str, Any]:
+def build_spec(prometheus: str, name: str = "base", **changes: Any) -> dict[str, Any]:
     """What a person writes."""
     return {
-        "model": {"uri": f"s3://attune/models/{model}"},
+        "model": {"uri": f"s3://attune/models/{name}"},
         "template": {
             "spec": {
                 "containers": [
@@ -176,8 +176,8 @@ class Stage:
 
     # --- what people and other controllers do ---
 
-    def apply(self, model: str = "base", **changes: Any) -> None:
-        spec = build_spec(self.prometheus, model, **changes)
+    def apply(self, name: str = "base", **changes: Any) -> None:
+        spec = build_spec(self.prometheus, name, **changes)
         self.namespace.apply("Canary", "voice", spec)
 
     def put_gateway(self) -> None:
