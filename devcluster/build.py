@@ -198,8 +198,7 @@ class Buildah:
         options = ["--layers", "--network", "host", "--build-arg", f"BASE_IMAGE={base}"]
         if "ACCELERATOR" in (paths.REPOSITORY / recipe.dockerfile).read_text():
             options += ["--build-arg", f"ACCELERATOR={accelerator()}"]
-        if cache := uv_cache():
-            options += ["--volume", f"{cache}:/run/uv-cache"]
+        options += ["--volume", f"{uv_cache()}:/run/uv-cache"]
         with secrets() as passed:
             self._run(
                 [
@@ -214,11 +213,12 @@ class Buildah:
 
     def _run(self, arguments: list[str], log: Path, *, what: str, current: Step | None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
+        environment = self.environment()
         with log.open("w") as output:
             with subprocess.Popen(
                 self.command(*arguments),
                 cwd=paths.REPOSITORY,
-                env=self.environment(),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -230,6 +230,8 @@ class Buildah:
                     if current is not None and (said := re.match(r"(?:\[\d+/\d+\] )?(STEP .*|COMMIT.*)", line)):
                         current.at(said[1][:70].strip())
             code = process.returncode
+        # The mount point of a cache that a Dockerfile asks for; ours is mounted beside it.
+        shutil.rmtree(Path(environment["TMPDIR"]) / "buildah-cache", ignore_errors=True)
         if code:
             raise ClusterError(f"{what} failed with exit code {code}; the end of {log}:\n{tail(log)}")
 
@@ -247,10 +249,13 @@ def scratch_folder(fallback: Path) -> Path:
     return memory if free >= SCRATCH_BYTES and available >= SCRATCH_BYTES + SPARE_BYTES else fallback
 
 
-def uv_cache() -> Path | None:
-    """Uv's cache on this machine, if there is one: it may hold every package already."""
+def uv_cache() -> Path:
+    """The cache of uv on this machine, which may hold every package already; one of ours where there is none."""
     folder = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
-    return folder if folder.is_dir() else None
+    if not folder.is_dir():
+        folder = paths.cache() / "uv"
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def debian_mirror() -> str:
