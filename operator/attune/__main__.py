@@ -15,7 +15,7 @@ import kopf
 from attune import __version__
 from attune.adapters.cluster import CUSTOM, Cluster
 from attune.adapters.lease import Lease
-from attune.errors import AttuneError, NotLeader, Refused, Unavailable
+from attune.errors import AttuneError, Refused, Unavailable
 from attune.handlers.watch import CHILDREN, build_kopf_settings, build_registry
 from attune.probes import ProbeServer
 from attune.reconcile.loop import Controller
@@ -166,7 +166,7 @@ class Operator:
         await asyncio.wait({working})
         await asyncio.to_thread(self._lease.release)
         stop_watching.set()
-        await asyncio.wait({watching}, timeout=8)
+        await asyncio.wait({watching}, timeout=2)
         failed = [task for task in done if task is not told]
         for task in failed:
             error = task.exception() if not task.cancelled() else None
@@ -201,16 +201,17 @@ def main() -> int:
         return 2
     configure_logging(settings.log_level)
 
-    async def run() -> int:
-        return await Operator(settings).run()
+    async def run() -> None:
+        status = await Operator(settings).run()
+        # Writes have ended and the Lease is given back; what is left are threads and watches that may take their time.
+        logging.shutdown()
+        os._exit(status)
 
     try:
-        return asyncio.run(run())
-    except NotLeader:
-        return 1
+        asyncio.run(run())
     except AttuneError as error:
         _log.error("cannot start", extra={"error": str(error)})
-        return 1
+    return 1
 
 
 if __name__ == "__main__":

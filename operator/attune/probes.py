@@ -12,6 +12,13 @@ _PLAIN: Final = "text/plain; charset=utf-8"
 _TIMEOUT_SECONDS: Final = 10
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up before it has its answer is nobody's trouble, and no traceback's."""
+
+
 class ProbeServer:
     """An HTTP server in threads of its own: it answers even when the event loop does not.
 
@@ -53,8 +60,7 @@ class ProbeServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
                 """Probes come every few seconds and are not worth a line."""
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
-        self._server.daemon_threads = True
+        self._server = _QuietServer((host, port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
         self._thread.start()
 
