@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.trainer.conftest import S3Server, free_port
 
-READY_SECONDS = 300  # importing torch takes its time on a busy machine
+READY_SECONDS = 480  # importing torch takes its time on a busy machine
 
 
 @dataclass(eq=False)
