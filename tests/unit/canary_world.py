@@ -187,7 +187,8 @@ class World:
 
     def reconcile(self, crash_after: int | None = None) -> Plan:
         """One pass. crash_after: so many actions are carried out, and no status is written."""
-        plan = decide_canary(self.observe())
+        seen = self.observe()
+        plan = decide_canary(seen)
         for index, action in enumerate(plan.actions):
             if crash_after is not None and index >= crash_after:
                 return plan
@@ -195,6 +196,9 @@ class World:
         if crash_after is None and plan.status != self.canary.status:
             self.writes += 1
             self.canary = self.canary.model_copy(update={"status": plan.status})
+        if crash_after is None and not self.canary.spec.suspend and self.route and self.route.canary_weight:
+            stable_has_none = seen.stable is None or seen.stable.ready == 0
+            assert (seen.trial is not None and seen.trial.ready > 0) or stable_has_none, "weight only where pods are"
         return plan
 
     def _carry_out(self, action: CanaryAction) -> None:  # noqa: C901 (one case for each action)
