@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bench.report import Row, report
 
-RUNS = 1500
+RUNS = 1000
 UTTERANCES = 3600
 A_MINUTE = 60
 MEAN_WORDS = 10
