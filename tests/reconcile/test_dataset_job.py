@@ -9,6 +9,7 @@ from attune.contract.exitcode import ExitCode
 from attune.contract.job import JobSpec
 from attune.contract.result import Failure, Summary
 from attune.domain.dataset import build_prepare_job
+
 from tests.reconcile.conftest import OperatorProcess
 from tests.reconcile.kubelet import Namespace, find_condition, wait_for
 from tests.reconcile.samples import DATASET, PREPARED
@@ -229,9 +230,7 @@ def delete(namespace: Namespace, name: str) -> bool:
     return namespace.cluster.delete(CUSTOM["Dataset"], namespace.name, name)
 
 
-def test_foreign_object_of_the_jobs_name_is_not_overwritten(
-    namespace: Namespace, operator: OperatorProcess
-) -> None:
+def test_foreign_object_of_the_jobs_name_is_not_overwritten(namespace: Namespace, operator: OperatorProcess) -> None:
     namespace.apply("Dataset", "calls", {**DATASET, "suspend": True})
     namespace.wait_reason("Dataset", "calls", "Suspended")
     operator.stop()
