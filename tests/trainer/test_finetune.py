@@ -24,7 +24,7 @@ from attune_trainer.modeling import load_recognizer
 from attune_trainer.progress import ProgressReporter
 from attune_trainer.recipes import finetune, prepare
 from attune_trainer.store import Store, digest_directory
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.trainer.conftest import S3Server
 from tests.trainer.tiny_whisper import build_tiny_whisper
@@ -242,11 +242,19 @@ def test_two_processes_share_the_work_and_the_optimiser(
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(
-    recipe_for: Callable[..., dict[str, Any]], make_context: MakeContext, key_prefix: str
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    s3_store: Store,
+    key_prefix: str,
+    tmp_path: Path,
 ) -> None:
-    recipe = recipe_for(key_prefix, hyperparameters={"learningRate": "1e30", "maxGradNorm": "0"})
-    with pytest.raises(RecipeFailure, match=r"step \d+ of \d+; lower spec\.hyperparameters\.learningRate") as raised:
-        run(make_context(recipe))
+    folder = build_tiny_whisper(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.encoder.conv1.bias"][0] = np.inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    base = s3_store.upload_directory(folder, f"{key_prefix}/base")
+    with pytest.raises(RecipeFailure, match=r"step 1 of \d+; lower spec\.hyperparameters\.learningRate") as raised:
+        run(make_context(recipe_for(key_prefix, base={"uri": base})))
     assert raised.value.code is ExitCode.DIVERGED
 
 
@@ -263,16 +271,15 @@ def test_a_job_that_gets_sigterm_saves_a_checkpoint_and_exits_with_143(
         recipe=recipe_for(key_prefix, hyperparameters={"epochs": 1000}, checkpoint={"everySteps": 1000000}),
     )
     (tmp_path / "job.json").write_text(spec.model_dump_json(by_alias=True))
-    job = subprocess.Popen(
-        [sys.executable, "-m", "attune_trainer"], env=job_environment, stdout=subprocess.PIPE, text=True
-    )
-    assert job.stdout is not None
     log = []
-    for line in job.stdout:
-        log.append(line)
-        if '"stage": "Training"' in line:
-            job.send_signal(signal.SIGTERM)
-    assert job.wait(120) == int(ExitCode.TERMINATED), "".join(log[-20:])
+    command = [sys.executable, "-m", "attune_trainer"]
+    with subprocess.Popen(command, env=job_environment, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            log.append(line)
+            if '"stage": "Training"' in line:
+                job.send_signal(signal.SIGTERM)
+    assert job.returncode == int(ExitCode.TERMINATED), "".join(log[-20:])
     assert any(key.endswith("seal.json") for key in s3_store.list(f"{key_prefix}/checkpoints/"))
     summary = Summary.model_validate_json((tmp_path / "termination-log").read_text())
     assert summary.failure is not None
