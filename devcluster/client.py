@@ -140,6 +140,8 @@ def forwarded(target: str, namespace: str, port: int) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
+        if process.stdout:
+            process.stdout.close()
 
 
 def read_store_secret(namespace: str) -> dict[str, str]:
