@@ -184,7 +184,9 @@ def test_the_real_model_hears_the_real_prompts(scripts: dict[str, Any]) -> None:
     heard = load_recognizer(scripts["get_model"].ensure_model(), "cpu").transcribe(clips)
     for name, text in zip(names, heard, strict=True):
         spoken = scripts["make_data"].words_of(rows[f"audio/{name}.wav"])
-        assert sum(word in spoken for word in scripts["make_data"].words_of(text)) >= 0.8 * len(spoken)
+        # "I am" and "I'm" sound alike; which of them is written is no question of hearing.
+        written = scripts["make_data"].words_of(text.replace("I'm", "I am"))
+        assert sum(word in spoken for word in written) >= 0.8 * len(spoken), name
 
 
 @pytest.mark.slow

@@ -238,6 +238,8 @@ def test_the_counters_are_what_the_models_say_at_every_scrape_and_after_a_restar
             wait_until(lambda: reached(scorer, 5), 300, "five pairs")
             scorer.process.send_signal(signal.SIGTERM)
             assert scorer.process.wait(timeout=60) == ExitCode.TERMINATED
+        # The first scorer hung up on what was under way; the second is to be answered without a fault.
+        hung_up = stable.sample("attune_serve_errors_total", track="stable")
         with start_scorer(job_environment, tmp_path, prepared, stable.url, canary.url) as scorer:
             wait_until(lambda: reached(scorer, total.utterances), 300, "all pairs")
             wait_until(lambda: (scorer.scrape() or {}).get((metrics.GOLDEN_EXHAUSTED, None)) == 1, what="exhaustion")
@@ -246,7 +248,7 @@ def test_the_counters_are_what_the_models_say_at_every_scrape_and_after_a_restar
             progress = httpx.get(f"{scorer.url}/progress", trust_env=False).json()
             scorer.process.send_signal(signal.SIGTERM)
             assert scorer.process.wait(timeout=60) == ExitCode.TERMINATED
-        assert stable.sample("attune_serve_errors_total", track="stable") == 0
+        assert stable.sample("attune_serve_errors_total", track="stable") == hung_up
         for arm in (stable, canary):
             assert arm.sample("attune_serve_requests_total", status="200") >= total.utterances + 5
     assert len(seen) > 3

@@ -344,8 +344,8 @@ def start_traffic(url: str, report: Path, **options: str) -> "subprocess.Popen[b
 
 def test_the_examples_client_counts_what_it_sent(server: ServerProcess, tmp_path: Path) -> None:
     before = server.sample("attune_serve_requests_total", status="200")
-    client = start_traffic(server.url, tmp_path / "report.json", seconds="2", per_minute="300")
-    assert client.wait(timeout=120) == 0
+    with start_traffic(server.url, tmp_path / "report.json", seconds="2", per_minute="300") as client:
+        assert client.wait(timeout=120) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["requests"], report["failures"], report["notSent"]) == (10, 0, 0)
     assert (report["tracks"], report["models"]) == ({"stable": 10}, {"ft:mini:0a1b2c": 10})
@@ -358,10 +358,12 @@ def test_the_examples_client_counts_failures_and_reports_when_it_is_ended(
 ) -> None:
     (tmp_path / "noise.wav").write_bytes(b"no audio")
     before = server.sample("attune_serve_requests_total", status="400")
-    client = start_traffic(server.url, tmp_path / "report.json", audio=str(tmp_path))
-    wait_until(lambda: server.sample("attune_serve_requests_total", status="400") >= before + 3, what="three requests")
-    client.terminate()
-    assert client.wait(timeout=60) == 0
+    with start_traffic(server.url, tmp_path / "report.json", audio=str(tmp_path)) as client:
+        wait_until(
+            lambda: server.sample("attune_serve_requests_total", status="400") >= before + 3, what="three requests"
+        )
+        client.terminate()
+        assert client.wait(timeout=60) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failures"] == report["requests"] >= 3
     assert report["failureKinds"] == {"status 400": report["failures"]}
