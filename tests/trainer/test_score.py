@@ -217,6 +217,11 @@ def arms(s3_server: S3Server, folder: Path) -> Iterator[tuple[ServerProcess, Ser
         yield stable, canary
 
 
+def read_progress(scorer: Scorer) -> tuple[str, int]:
+    told = httpx.get(f"{scorer.url}/progress", trust_env=False).json()
+    return told["stage"], told["percent"]
+
+
 def test_the_counters_are_what_the_models_say_at_every_scrape_and_after_a_restart(
     s3_server: S3Server, prepared: Prepared, job_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -245,7 +250,8 @@ def test_the_counters_are_what_the_models_say_at_every_scrape_and_after_a_restar
             wait_until(lambda: (scorer.scrape() or {}).get((metrics.GOLDEN_EXHAUSTED, None)) == 1, what="exhaustion")
             samples = scorer.scrape()
             assert samples is not None
-            progress = httpx.get(f"{scorer.url}/progress", trust_env=False).json()
+            # Counters are read when they are asked for; progress is told in turns.
+            wait_until(lambda: read_progress(scorer) == ("Exhausted", 100), what="progress of a replay that is over")
             scorer.process.send_signal(signal.SIGTERM)
             assert scorer.process.wait(timeout=60) == ExitCode.TERMINATED
         assert stable.sample("attune_serve_errors_total", track="stable") == hung_up
@@ -259,7 +265,6 @@ def test_the_counters_are_what_the_models_say_at_every_scrape_and_after_a_restar
         assert samples[metrics.WORD_ERRORS, track] == errors
         assert samples[metrics.REFERENCE_WORDS, track] == total.words
         assert samples[metrics.FAILED_REQUESTS, track] == 0
-    assert (progress["stage"], progress["percent"]) == ("Exhausted", 100)
     summary = read_summary(job_environment)
     assert summary is not None
     assert summary["failure"]["reason"] == "Terminated"
