@@ -9,7 +9,6 @@ from devcluster import client
 pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
 
 HEAD = "apiVersion: attune.dev/v1alpha1\n"
-SOURCE = 's3: {uri: "s3://attune/e2e/new-voices/"}, format: Manifest, manifest: transcripts.jsonl'
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,12 @@ MISTAKES = (
     dataset(
         "no-manifest",
         's3: {uri: "s3://attune/e2e/new-voices/"}, format: Manifest, manifest: absent.jsonl',
-        "ObjectNotFound",
+        "ManifestNotFound",
         "absent.jsonl",
     ),
-    dataset("too-small", SOURCE, "TooSmallToSplit", "", ', splits: {by: Group, validation: "0.1", holdout: "0.1"}'),
+    dataset(
+        "too-small", 's3: {uri: "s3://attune/e2e/tiny/"}, format: Manifest, manifest: t.jsonl', "TooSmallToSplit", ""
+    ),
     dataset(
         "bad-lines", 's3: {uri: "s3://attune/e2e/bad/"}, format: Manifest, manifest: t.jsonl', "TooManyRejected", "3"
     ),
@@ -71,6 +72,8 @@ def test_wrong_input_says_what_to_change(namespace: str) -> None:
 
     with client.store_on_loopback(namespace):
         store = Store.from_environment()
+        store.write_bytes("e2e/tiny/a.wav", store.read_bytes("e2e/new-voices/audio/0000.wav"))
+        store.write_bytes("e2e/tiny/t.jsonl", b'{"audio": "a.wav", "text": "one two", "speaker": "one"}\n')
         store.write_bytes("e2e/bad/t.jsonl", b'not json\n{"audio": "a.wav"}\n{"audio": "a.wav", "text": "hello"}\n')
     client.kubectl(
         "create", "secret", "generic", "wrong-keys", "-n", namespace,
