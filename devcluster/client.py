@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from devcluster.errors import ClusterError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 Resource = dict[str, Any]
-
-
-class ClusterError(Exception):
-    """Something in the cluster did not end as it should; the message says how it ended."""
 
 
 def say(text: str) -> None:
