@@ -10,6 +10,9 @@ from devcluster.oci import Blob, Image
 
 # Smaller ones travel with the archive.
 LARGE = 64 << 20
+# Content that no image refers to yet is swept away by containerd's next collection, unless it has this label.
+ROOT_LABEL = "containerd.io/gc.root"
+ADOPTIONS = 5
 
 
 def has(node: Node, image: Image) -> bool:
@@ -24,10 +27,16 @@ def load(node: Node, image: Image) -> int:
     """Import and unpack an image unless the node has it; the number of bytes that had to be moved."""
     if has(node, image):
         return 0
-    known = _known(node)
-    for blob in image.blobs:
-        if blob.digest not in known and blob.size >= LARGE and _adopt(node, blob):
-            known.add(blob.digest)
+    held = [blob for blob in image.blobs if blob.size >= LARGE and _hold(node, blob)]
+    try:
+        return _import(node, image, {blob.digest for blob in held})
+    finally:
+        for blob in held:
+            _label(node, blob, "")
+
+
+def _import(node: Node, image: Image, held: set[str]) -> int:
+    """Import an image whose blobs `held` containerd has; the number of bytes that had to be moved."""
     moved = 0
     broken: BrokenPipeError | None = None
     with subprocess.Popen(
@@ -40,7 +49,7 @@ def load(node: Node, image: Image) -> int:
         assert process.stdout is not None  # noqa: S101 - PIPE
         try:
             with process.stdin:
-                moved = image.write_archive(process.stdin, without=known)
+                moved = image.write_archive(process.stdin, without=held)
         except BrokenPipeError as error:
             # What ctr says about it is the better message.
             broken = error
@@ -48,6 +57,23 @@ def load(node: Node, image: Image) -> int:
     if process.returncode or broken:
         raise ClusterError(f"containerd did not take the image {image.name}: {said}")
     return moved
+
+
+def _hold(node: Node, blob: Blob) -> bool:
+    """Give containerd a blob that stays until the label is taken away; False where it has to travel with the image."""
+    for _ in range(ADOPTIONS):
+        if blob.digest not in _known(node) and not _adopt(node, blob):
+            return False
+        # A collection may run between the two: then there is nothing to label.
+        if _label(node, blob, "attune"):
+            return True
+    return False
+
+
+def _label(node: Node, blob: Blob, value: str) -> bool:
+    """Set the label that keeps a blob, or remove it by an empty value; False if containerd has no such blob."""
+    command = node.ctr("content", "label", blob.digest, f"{ROOT_LABEL}={value}")
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _known(node: Node) -> set[str]:

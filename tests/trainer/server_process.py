@@ -78,9 +78,9 @@ def start_server(
         "ATTUNE_TRACK": "stable",
         "ATTUNE_WORK_DIRECTORY": str(folder / "work"),
         "ATTUNE_TERMINATION_MESSAGE_FILE": str(folder / "termination-log"),
-        "ATTUNE_SERVE_HOST": "127.0.0.1",
-        "ATTUNE_SERVE_PORT": str(port),
-        "ATTUNE_SERVE_DRAIN_SECONDS": "0",
+        "ATTUNE_HOST": "127.0.0.1",
+        "ATTUNE_PORT": str(port),
+        "SERVE_DRAIN_SECONDS": "0",
         **settings,
     }
     log = folder / "log"

@@ -61,8 +61,8 @@ def server(s3_server: S3Server, mini_model: Path, tmp_path_factory: pytest.TempP
         tmp_path_factory.mktemp("serve"),
         MODEL_URI,
         ATTUNE_MODEL_DIGEST=digest_directory(mini_model),
-        ATTUNE_SERVE_MAX_UPLOAD_BYTES=str(MAX_UPLOAD_BYTES),
-        ATTUNE_SERVE_MAX_REQUESTS=str(MAX_REQUESTS),
+        SERVE_MAX_UPLOAD_BYTES=str(MAX_UPLOAD_BYTES),
+        SERVE_MAX_REQUESTS=str(MAX_REQUESTS),
     ) as started:
         yield started
 
@@ -246,7 +246,7 @@ def test_sigterm_cuts_no_request_and_says_nothing_of_what_was_said(
     s3_server: S3Server, mini_model: Path, tmp_path: Path, clips: list[bytes], texts: list[str]
 ) -> None:
     with (
-        start_server(s3_server, tmp_path, MODEL_URI, ATTUNE_SERVE_DRAIN_SECONDS="60") as server,
+        start_server(s3_server, tmp_path, MODEL_URI, SERVE_DRAIN_SECONDS="60") as server,
         ThreadPoolExecutor(8) as pool,
     ):
         assert "connection" not in server.transcribe(clips[0]).headers
@@ -275,7 +275,7 @@ def test_sigterm_cuts_no_request_and_says_nothing_of_what_was_said(
 def test_sigterm_while_the_model_is_loading_ends_at_once(
     s3_server: S3Server, mini_model: Path, tmp_path: Path, clips: list[bytes]
 ) -> None:
-    with start_server(s3_server, tmp_path, MODEL_URI, wait=False, ATTUNE_SERVE_DRAIN_SECONDS="60") as server:
+    with start_server(s3_server, tmp_path, MODEL_URI, wait=False, SERVE_DRAIN_SECONDS="60") as server:
 
         def is_live() -> bool:
             try:

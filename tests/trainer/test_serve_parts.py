@@ -318,7 +318,7 @@ def test_threads_follow_what_was_asked_then_the_limit_then_the_machine(
 
 def test_settings_come_from_the_environment_and_empty_ones_count_as_absent() -> None:
     settings = ServeSettings.from_environment(
-        ENVIRONMENT | {"ATTUNE_MODEL_DIGEST": "", "ATTUNE_SERVE_PORT": "0", "ATTUNE_SERVE_MODEL_ALIASES": "prod, b"}
+        ENVIRONMENT | {"ATTUNE_MODEL_DIGEST": "", "ATTUNE_PORT": "0", "SERVE_MODEL_ALIASES": "prod, b"}
     )
     assert settings.model_digest is None
     assert settings.port == 0
@@ -332,7 +332,7 @@ def test_settings_come_from_the_environment_and_empty_ones_count_as_absent() -> 
         ({"ATTUNE_MODEL_URI": "http://elsewhere/model"}, "ATTUNE_MODEL_URI"),
         ({"ATTUNE_MODEL_ID": "two\r\nlines"}, "ATTUNE_MODEL_ID"),
         ({"ATTUNE_TRACK": "third"}, "ATTUNE_TRACK"),
-        ({"ATTUNE_SERVE_MAX_REQUESTS": "0"}, "ATTUNE_SERVE_MAX_REQUESTS"),
+        ({"SERVE_MAX_REQUESTS": "0"}, "SERVE_MAX_REQUESTS"),
     ],
 )
 def test_a_wrong_setting_is_named(change: dict[str, str], variable: str) -> None:
@@ -344,4 +344,4 @@ def test_every_setting_is_in_the_reference() -> None:
     page = (Path(__file__).parents[2] / "docs/reference/serving.md").read_text()
     given_by_the_operator = {"model_uri", "model_digest", "model_id", "track"}
     for name in set(ServeSettings.model_fields) - given_by_the_operator:
-        assert f"`ATTUNE_SERVE_{name.upper()}`" in page
+        assert f"`SERVE_{name.upper()}`" in page

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from attune.contract.job import JobSpec
 from attune.contract.result import EvaluateResult, Failure, LeaderboardRow, PrepareResult, Result, Summary
 from pydantic import TypeAdapter, ValidationError
 
-from attune_trainer.failures import InvalidInput, NotFound, Terminated
+from attune_trainer.failures import InvalidInput, NotFound, RecipeFailure, Terminated
 from attune_trainer.progress import ProgressReporter
 from attune_trainer.recipes import RECIPES
 from attune_trainer.store import Store
@@ -42,6 +42,8 @@ class RecipeContext:
         work_directory: scratch space on disk; contents of an earlier attempt in the same pod may be there.
         attempt_uid: the pod's uid; part of every key that an attempt writes before its result is published.
         stop: set on SIGTERM. A recipe polls it, saves what it needs, and calls raise_if_stopped.
+        once_published: what a recipe wants done after its Result is in the store, such as removing what only an
+            unfinished attempt needs.
     """
 
     spec: JobSpec
@@ -50,6 +52,7 @@ class RecipeContext:
     work_directory: Path
     attempt_uid: str
     stop: threading.Event
+    once_published: list[Callable[[], None]] = field(default_factory=list)
 
     def raise_if_stopped(self) -> None:
         """Ends the recipe with exit code 143 when the pod has been asked to end.
@@ -144,6 +147,11 @@ def run(
         _RESULT.dump_json(result, by_alias=True, exclude_none=True, indent=1),
         content_type="application/json",
     )
+    for clean_up in context.once_published:
+        try:
+            clean_up()
+        except RecipeFailure as failure:  # the work is done and stays done
+            _log.warning("not cleaned up", extra={"reason": failure.reason})
     reporter.update(stage="Finished", percent=100)
     return result
 

@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
     """Trains, and publishes what came out below <output prefix>/<attempt uid>.
 
-    An attempt goes on from the newest unharmed checkpoint below the checkpoint prefix, and removes them all when it
-    has published its model.
+    An attempt goes on from the newest unharmed checkpoint below the checkpoint prefix; they are all removed once the
+    Result is in the store.
 
     Raises:
         RecipeFailure: with exit code DIVERGED, OUT_OF_MEMORY, UNSUPPORTED_MODEL, INVALID_INPUT, or the store's.
@@ -52,9 +52,9 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
             follower.finish(strict=False)
             raise
         follower.finish(strict=False)
-    result = _publish(recipe, context, settings, base_digest, follower.outcome)
-    checkpoints.delete_all(context.store, f"{recipe.checkpoint_prefix.rstrip('/')}/")
-    return result
+    checkpoint_prefix = f"{recipe.checkpoint_prefix.rstrip('/')}/"
+    context.once_published.append(lambda: checkpoints.delete_all(context.store, checkpoint_prefix))
+    return _publish(recipe, context, settings, base_digest, follower.outcome)
 
 
 class _Follower:

@@ -24,7 +24,7 @@ GENERIC_MODEL_NAMES: Final = ("whisper-1",)
 class ServeSettings(BaseModel):
     """The model to serve and the bounds to serve it under.
 
-    The first four come from the operator (contract.environment). Each of the others may be set as ATTUNE_SERVE_<NAME>,
+    The first four come from the operator (contract.environment). Each of the others may be set as SERVE_<NAME>,
     so that a Canary's pod template can change it.
     """
 
@@ -74,7 +74,7 @@ class ServeSettings(BaseModel):
             "model_id": SERVE_MODEL_ID,
             "track": SERVE_TRACK,
         }
-        variables |= {name: f"ATTUNE_SERVE_{name.upper()}" for name in cls.model_fields if name not in variables}
+        variables |= {name: f"SERVE_{name.upper()}" for name in cls.model_fields if name not in variables}
         given: dict[str, Any] = {
             name: environment[variable] for name, variable in variables.items() if environment.get(variable)
         }
