@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -70,8 +71,8 @@ class Record:
     traffic: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
-        """Times a stage."""
+    def stage(self, name: str, *, shows: bool = True) -> Iterator[Stage]:
+        """Times a stage, and shows the resources at its end where `shows`."""
         row = Stage(name)
         say(f"=== {name}")
         began = time.monotonic()
@@ -138,9 +139,9 @@ def start_assets() -> tuple[threading.Thread, dict[str, Any]]:
 
 def upload(script: str, prefix: str, *arguments: str) -> None:
     """Runs one of the scripts beside this file with the store's credentials in its environment."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments, "--upload", prefix], check=False, cwd=REPOSITORY
-    )
+    command = [sys.executable, str(HERE / script), *arguments, "--upload", prefix]
+    # Waiting threads that spin would take the cores from the pods.
+    done = subprocess.run(command, check=False, cwd=REPOSITORY, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     if done.returncode != 0:
         raise ClusterError(f"{script} failed with exit status {done.returncode}")
 
@@ -263,15 +264,15 @@ def show(record: Record) -> None:
 def play(record: Record, options: argparse.Namespace) -> None:
     """Runs all the stages."""
     thread, assets = start_assets()
-    with record.stage("cluster, platform, images"):
+    with record.stage("cluster, platform, images", shows=False):
         if not options.skip_up:
             done = subprocess.run([sys.executable, "-m", "devcluster", "up"], cwd=REPOSITORY, check=False)
             if done.returncode != 0:
                 raise ClusterError("the cluster did not come up; see above")
         load_cluster_environment()
-    with record.stage("operator"):
+    with record.stage("operator", shows=False):
         install_operator(HERE / "operator-values.yaml")
-    with record.stage("data and base model"), ExitStack() as stack:
+    with record.stage("data and base model", shows=False), ExitStack() as stack:
         thread.join()
         if "error" in assets:
             raise assets["error"]
@@ -319,10 +320,11 @@ def play(record: Record, options: argparse.Namespace) -> None:
             outcome="Promoted",
         )
         check_state(phase="Healthy", ready="True", canary_weight=0)
-        with record.stage("making a bad model"), store_on_loopback(NAMESPACE):
+        with record.stage("making a bad model", shows=False), store_on_loopback(NAMESPACE):
             upload("make_bad_model.py", BAD_PREFIX, "--tuned", tuned["status"]["model"]["uri"])
         roll_out(record, "rollout of a bad model", {"uri": f"s3://attune/{BAD_PREFIX}"}, outcome="RolledBack")
         check_state(phase="Degraded", ready="False", canary_weight=0)
+    record.story = kubectl("describe", "canary", "prod-voice", "-n", NAMESPACE)
     if record.traffic.get("requests", 0) == 0 or record.traffic.get("failures", 1) != 0:
         raise ClusterError(f"ordinary traffic was to run without a failure; it counted {record.traffic}")
 
@@ -346,8 +348,10 @@ def main() -> int:
     finally:
         options.record.write_text(json.dumps(asdict(record), indent=1))
     show(record)
-    print(kubectl("get", "ads,aft,aev,acn", "-n", NAMESPACE))
-    print("The tuned model was promoted, the bad one rolled back. Look around: kubectl describe canary -n speech")
+    print(record.story[record.story.rfind("Events:") :])
+    print(
+        "The tuned model was promoted, the bad one rolled back. Look around: kubectl describe canary prod-voice -n speech"
+    )
     return 0
 
 

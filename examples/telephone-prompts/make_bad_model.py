@@ -14,6 +14,7 @@ ATTUNE_STORE_REGION, ATTUNE_STORE_ACCESS_KEY and ATTUNE_STORE_SECRET_KEY.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -36,12 +37,12 @@ from attune_trainer.modeling.artifact import Artifact, read_artifact, write_arti
 from attune_trainer.modeling.recognizer import Recognizer
 from attune_trainer.modeling.whisper import LINEAR_LAYERS, SAMPLE_RATE, Whisper, load_whisper
 from attune_trainer.scoring.normaliser import normalise
-from attune_trainer.store import Store, fetch_model
+from attune_trainer.store import Store, digest_directory, fetch_model
 from get_model import ensure_model
 from make_data import ensure_data
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from shared import ProgressLine, upload
+from shared import ProgressLine, cache_folder, upload
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -53,7 +54,7 @@ CLIP_SECONDS = (0.8, 4.0)  # short clips carry the same error for less computing
 TAIL_SECONDS = 0.5
 SAMPLE = 48  # prompts on which alpha is chosen
 SEED = 7
-FIRST_ALPHA = 0.35
+FIRST_ALPHA = 0.2
 TRIES = 6
 
 
@@ -100,8 +101,9 @@ def pair_wrongly(clips: Sequence[Clip], rotation: int = ROTATION) -> list[Clip]:
     return [Clip(clip.audio, ordered[(i + rotation) % len(ordered)].text) for i, clip in enumerate(ordered)]
 
 
-def train_wrong(whisper: Whisper, pairs: Sequence[Clip]) -> dict[str, Tensor]:
-    """Trains low-rank adapters on the pairs and returns the whole state with the adapters merged in."""
+def learn_wrong(whisper: Whisper, pairs: Sequence[Clip]) -> dict[str, Tensor]:
+    """Trains low-rank adapters on the pairs and returns what they add to each weight that they change."""
+    before = {name: tensor.detach().clone() for name, tensor in whisper.model.state_dict().items()}
     torch.manual_seed(SEED)
     generator = random.Random(SEED)  # noqa: S311 (repeatable, not secret)
     adapted = get_peft_model(whisper.model, LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEAR_LAYERS)))
@@ -131,14 +133,27 @@ def train_wrong(whisper: Whisper, pairs: Sequence[Clip]) -> dict[str, Tensor]:
         optimiser.step()
         progress.show(step, f"(loss {loss.item():.2f})")
     merged = adapted.merge_and_unload()
-    return {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
+    after = merged.state_dict().items()
+    return {name: tensor.detach() - before[name] for name, tensor in after if not torch.equal(tensor, before[name])}
 
 
-def mix(
-    tuned: Mapping[str, Tensor], wrong: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float
-) -> dict[str, Tensor]:
-    """Tuned + alpha x (wrong - base), tensor by tensor."""
-    return {name: tensor + alpha * (wrong[name] - base[name]) for name, tensor in tuned.items()}
+def ensure_change(whisper: Whisper, base: Path, data: Path, clips: Sequence[Clip]) -> dict[str, Tensor]:
+    """What the base learns from wrong pairs: trained on the first call for this base, data and script, then cached."""
+    inputs = (digest_directory(base), digest_directory(data), Path(__file__).read_text(encoding="utf-8"))
+    key = hashlib.sha256("".join(inputs).encode()).hexdigest()[:12]
+    cached = cache_folder() / "telephone-prompts" / f"wrong-{key}.safetensors"
+    if not cached.exists():
+        change = learn_wrong(whisper, pair_wrongly(clips))
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        scratch = cached.with_name(f".{cached.name}.{os.getpid()}")
+        save_file({name: tensor.contiguous() for name, tensor in change.items()}, scratch)
+        scratch.replace(cached)
+    return load_file(cached)
+
+
+def mix(tuned: Mapping[str, Tensor], change: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Tuned + alpha x change, tensor by tensor."""
+    return {name: tensor + alpha * change[name] if name in change else tensor for name, tensor in tuned.items()}
 
 
 def measure(whisper: Whisper, artifact: Artifact, clips: Sequence[Clip]) -> float:
@@ -151,17 +166,16 @@ def measure(whisper: Whisper, artifact: Artifact, clips: Sequence[Clip]) -> floa
 def search_mixture(
     tuned: Whisper,
     artifact: Artifact,
-    change: tuple[dict[str, Tensor], dict[str, Tensor]],
+    change: Mapping[str, Tensor],
     clips: Sequence[Clip],
     wanted: tuple[float, float],
 ) -> Mixture:
     """Finds, by halving, an alpha whose word error rate lies in ``wanted``; the nearest one where none of them does."""
-    wrong, base = change
     original = {name: tensor.detach().clone() for name, tensor in tuned.model.state_dict().items()}
     low, high, alpha = 0.0, 1.0, FIRST_ALPHA
     tried: list[Mixture] = []
     for _ in range(TRIES):
-        state = mix(original, wrong, base, alpha)
+        state = mix(original, change, alpha)
         tuned.model.load_state_dict(state)
         tried.append(Mixture(alpha, measure(tuned, artifact, clips), state))
         print(f"alpha {alpha:.3f}: {tried[-1].wer:.1%} WER on {len(clips)} prompts", file=sys.stderr, flush=True)
@@ -202,13 +216,13 @@ def make_bad_model(tuned: Path, base: Path, data: Path, target: Path, wanted: tu
     transformers_logging.disable_progress_bar()
     clips = read_clips(data)
     base_model, tuned_model = load_whisper(base), load_whisper(tuned)
-    before = {name: tensor.detach().clone() for name, tensor in base_model.model.state_dict().items()}
-    if {n: t.shape for n, t in before.items()} != {n: t.shape for n, t in tuned_model.model.state_dict().items()}:
+    shapes = [{n: t.shape for n, t in each.model.state_dict().items()} for each in (base_model, tuned_model)]
+    if shapes[0] != shapes[1]:
         message = "the tuned model is not one of this base: their weights differ in shape"
         raise SystemExit(message)
-    wrong = train_wrong(base_model, pair_wrongly(clips))
+    change = ensure_change(base_model, base, data, clips)
     sample = random.Random(SEED).sample(clips, min(SAMPLE, len(clips)))  # noqa: S311 (repeatable, not secret)
-    found = search_mixture(tuned_model, read_artifact(tuned), (wrong, before), sample, wanted)
+    found = search_mixture(tuned_model, read_artifact(tuned), change, sample, wanted)
     if not wanted[0] <= found.wer <= wanted[1]:
         message = (
             f"no mixture has a word error rate of {wanted[0]:.0%} to {wanted[1]:.0%}; the nearest is {found.wer:.1%}"

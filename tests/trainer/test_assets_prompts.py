@@ -162,9 +162,9 @@ def test_a_wrong_pair_never_keeps_its_text_and_is_of_like_duration(scripts: dict
 
 
 def test_a_mixture_moves_by_alpha_along_what_was_learned(scripts: dict[str, Any]) -> None:
-    tuned, wrong, base = ({"w": torch.tensor(values)} for values in ([1.0, 2.0], [5.0, 0.0], [3.0, 4.0]))
-    mixed = scripts["make_bad_model"].mix(tuned, wrong, base, 0.25)
-    assert mixed["w"].tolist() == [1.5, 1.0]
+    tuned, change = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}, {"w": torch.tensor([2.0, -4.0])}
+    mixed = scripts["make_bad_model"].mix(tuned, change, 0.25)
+    assert {name: tensor.tolist() for name, tensor in mixed.items()} == {"w": [1.5, 1.0], "b": [3.0]}
 
 
 @pytest.mark.slow

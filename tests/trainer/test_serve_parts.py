@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import soxr
 from attune_trainer.failures import InvalidInput
+from attune_trainer.serving import batching
 from attune_trainer.serving.audio import AudioLimits, Samples, UnusableAudioError, decode_audio
 from attune_trainer.serving.batching import Batcher, BatchLimits, OverloadedError, choose_batch
 from attune_trainer.serving.processors import quota_processors, usable_processors
@@ -199,6 +200,31 @@ def test_what_waits_while_the_worker_is_busy_becomes_one_batch() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("patience", "order"), [(3600.0, ["4", "2", "3"]), (0.0, ["2", "3", "4"])])
+def test_background_gives_way_for_a_while(patience: float, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_PATIENCE_SECONDS", patience)
+
+    async def scenario() -> None:
+        held = Held()
+        queue, recorder = batcher(held, max_utterances=1)
+        running = asyncio.create_task(queue.run())
+        answers: list[str] = []
+
+        async def ask(count: int, *, background: bool) -> None:
+            answers.append(await queue.transcribe(samples(count), background=background))
+
+        first = asyncio.create_task(ask(1, background=False))
+        await asyncio.to_thread(held.entered.acquire)
+        asked = [asyncio.create_task(ask(count, background=count < 4)) for count in (2, 3, 4)]
+        await recorder.until_waiting(3)
+        held.go.set()
+        await asyncio.gather(first, *asked)
+        assert answers == ["1", *order]
+        running.cancel()
+
+    asyncio.run(scenario())
+
+
 def test_a_batch_waits_for_what_is_on_its_way_and_for_nothing_else() -> None:
     async def scenario() -> None:
         held = Held()
@@ -344,4 +370,5 @@ def test_every_setting_is_in_the_reference() -> None:
     page = (Path(__file__).parents[2] / "docs/reference/serving.md").read_text()
     given_by_the_operator = {"model_uri", "model_digest", "model_id", "track"}
     for name in set(ServeSettings.model_fields) - given_by_the_operator:
-        assert f"`SERVE_{name.upper()}`" in page
+        prefix = "ATTUNE" if name in {"host", "port"} else "SERVE"
+        assert f"`{prefix}_{name.upper()}`" in page

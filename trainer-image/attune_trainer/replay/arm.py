@@ -8,9 +8,9 @@ from typing import Final
 import httpx
 from attune.contract.metrics import Track
 
-_log = logging.getLogger(__name__)
+from attune_trainer.headers import BACKGROUND, MODEL_ID_HEADER, PRIORITY_HEADER
 
-MODEL_ID_HEADER: Final = "x-attune-model-id"
+_log = logging.getLogger(__name__)
 
 _TIMEOUT: Final = httpx.Timeout(connect=5, write=30, read=120, pool=120)
 _ATTEMPTS: Final = 4
@@ -83,6 +83,7 @@ class Arm:
                     f"{self.url}/v1/audio/transcriptions",
                     files={"file": (name, audio, "audio/flac")},
                     data=fields,
+                    headers={PRIORITY_HEADER: BACKGROUND},
                     timeout=_TIMEOUT,
                 )
             except httpx.HTTPError as error:

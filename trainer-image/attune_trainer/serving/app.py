@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from attune_trainer.headers import BACKGROUND, MODEL_ID_HEADER, PRIORITY_HEADER, TRACK_HEADER
 from attune_trainer.serving.audio import (
     SAMPLE_RATE,
     AudioLimits,
@@ -32,8 +33,6 @@ from attune_trainer.serving.settings import ServeSettings
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
-MODEL_ID_HEADER: Final = "x-attune-model-id"
-TRACK_HEADER: Final = "x-attune-track"
 TRANSCRIPTIONS_PATH: Final = "/v1/audio/transcriptions"
 
 _MAX_FIELDS: Final = 16
@@ -299,7 +298,8 @@ async def _transcribe(service: Service, request: Request) -> Response:
                 samples = await _decode(service, asked.file)
             finally:
                 await form.close()
-        text = await _unless_gone(request, batcher.transcribe(samples, asked.language))
+        background = request.headers.get(PRIORITY_HEADER) == BACKGROUND
+        text = await _unless_gone(request, batcher.transcribe(samples, asked.language, background=background))
     match asked.response_format:
         case ResponseFormat.TEXT:
             return PlainTextResponse(f"{text}\n")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Final, Protocol
 
@@ -14,6 +14,10 @@ from attune_trainer.serving.audio import SAMPLE_RATE, Samples
 # Clips within this factor of each other's length are batched: a long one would keep the short ones' answers back.
 _LIKE_LENGTH: Final = 2.0
 _LIKE_ANYWAY_SECONDS: Final = 2.0
+# Background work gives way to clients', but not for ever; and its batches are small, because who comes next waits for
+# the one that is under way.
+_PATIENCE_SECONDS: Final = 10.0
+_BACKGROUND_SHARE: Final = 0.25
 
 
 class OverloadedError(Exception):
@@ -55,11 +59,18 @@ class Waiting:
     samples: Samples
     language: str | None
     text: asyncio.Future[str]
+    background: bool = False
+    since: float = field(default_factory=monotonic)
 
     @property
     def seconds(self) -> float:
         """Length of the audio."""
         return len(self.samples) / SAMPLE_RATE
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether others go first."""
+        return self.background and monotonic() - self.since < _PATIENCE_SECONDS
 
 
 def choose_batch(seconds: Sequence[float], limits: BatchLimits, languages: Sequence[str | None]) -> list[int]:
@@ -137,18 +148,19 @@ class Batcher:
             self._on_their_way -= 1
             self._changed.set()
 
-    async def transcribe(self, samples: Samples, language: str | None = None) -> str:
+    async def transcribe(self, samples: Samples, language: str | None = None, *, background: bool = False) -> str:
         """Puts an utterance in the queue and returns its text. Cancelling the call takes it out again.
 
         Args:
             samples: float32 at 16 kHz.
             language: what the model is told; None leaves it to the model.
+            background: others go first, for a few seconds.
 
         Raises:
             OverloadedError: when the queue already holds max_waiting_seconds of audio.
             Exception: what the recogniser raised for this utterance alone.
         """
-        item = Waiting(samples, language, asyncio.get_running_loop().create_future())
+        item = Waiting(samples, language, asyncio.get_running_loop().create_future(), background)
         queued = sum(other.seconds for other in self._queue)
         if self._queue and queued + item.seconds > self.limits.max_waiting_seconds:
             raise OverloadedError(self._retry_after_seconds())
@@ -168,15 +180,20 @@ class Batcher:
             await self._wait_for_batch()
             if not self._queue:
                 continue
-            chosen = choose_batch(
-                [self.padded_seconds(item.seconds) for item in self._queue],
-                self.limits,
-                [item.language for item in self._queue],
-            )
-            batch = [self._queue[index] for index in chosen]
+            batch = self._next_batch()
             self._queue = [item for item in self._queue if item not in batch]
             self._report_queue()
             await self._transcribe_batch(batch)
+
+    def _next_batch(self) -> list[Waiting]:
+        candidates, limits = [item for item in self._queue if not item.gives_way], self.limits
+        if not candidates:
+            candidates = self._queue
+            limits = replace(limits, max_seconds=limits.max_seconds * _BACKGROUND_SHARE)
+        chosen = choose_batch(
+            [self.padded_seconds(item.seconds) for item in candidates], limits, [item.language for item in candidates]
+        )
+        return [candidates[index] for index in chosen]
 
     async def _wait_for_batch(self) -> None:
         """Returns when something waits, and then nothing more is on its way, or the batch is full, or time is up."""

@@ -24,8 +24,9 @@ GENERIC_MODEL_NAMES: Final = ("whisper-1",)
 class ServeSettings(BaseModel):
     """The model to serve and the bounds to serve it under.
 
-    The first four come from the operator (contract.environment). Each of the others may be set as SERVE_<NAME>,
-    so that a Canary's pod template can change it.
+    The first four come from the operator (contract.environment); host and port are ATTUNE_HOST and ATTUNE_PORT, which
+    a Canary's pod template may not set, because its Service expects the defaults. Each of the others may be set there,
+    as SERVE_<NAME>.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -73,6 +74,8 @@ class ServeSettings(BaseModel):
             "model_digest": SERVE_MODEL_DIGEST,
             "model_id": SERVE_MODEL_ID,
             "track": SERVE_TRACK,
+            "host": "ATTUNE_HOST",
+            "port": "ATTUNE_PORT",
         }
         variables |= {name: f"SERVE_{name.upper()}" for name in cls.model_fields if name not in variables}
         given: dict[str, Any] = {
