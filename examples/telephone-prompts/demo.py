@@ -82,6 +82,9 @@ class Record:
             row.seconds = time.monotonic() - began
             self.stages.append(row)
             say(f"=== {name}: {row.seconds:.0f} s")
+        if shows:
+            row.resources = kubectl("get", "ads,aft,aev,acn", "-n", NAMESPACE)
+            print(row.resources, flush=True)
 
 
 def percent(value: str | None) -> str:
@@ -349,9 +352,8 @@ def main() -> int:
         options.record.write_text(json.dumps(asdict(record), indent=1))
     show(record)
     print(record.story[record.story.rfind("Events:") :])
-    print(
-        "The tuned model was promoted, the bad one rolled back. Look around: kubectl describe canary prod-voice -n speech"
-    )
+    print("The tuned model was promoted, the bad one rolled back.")
+    print('To look around: eval "$(python3 -m devcluster env)"; kubectl get ads,aft,aev,acn -n speech')
     return 0
 
 
