@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attune
 import jiwer
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_a_worse_candidate_is_not_promoted_and_alone_it_asks_for_training(
     assert re.fullmatch(r"Wer [0-9.]+ % is above 2 %", judged.leaderboard[0].failed_gates[0])
 
 
-def test_an_attempt_that_was_cut_off_is_taken_up_where_it_ended(
+def test_what_was_heard_before_is_not_heard_again(
     s3_store: Store,
     uploaded: dict[str, str],
     corpus: DatasetInput,
@@ -149,6 +150,7 @@ def test_an_attempt_that_was_cut_off_is_taken_up_where_it_ended(
     make_context: MakeContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attune, "__version__", key_prefix)  # other tests have heard the same models
     uris = {"base": uploaded["worse"], "missing": s3_store.uri(f"{key_prefix}/later")}
     with pytest.raises(RecipeFailure, match="candidate missing"):
         run(make_context(recipe(corpus, uris, key_prefix)))
@@ -157,9 +159,22 @@ def test_an_attempt_that_was_cut_off_is_taken_up_where_it_ended(
     load = evaluate.load_recognizer
     monkeypatch.setattr(evaluate, "load_recognizer", lambda folder: loaded.append(folder) or load(folder))
     result = run(make_context(recipe(corpus, uris, key_prefix)))
-    assert len(loaded) == 1  # the base was measured by the first attempt
+    assert [folder.name for folder in loaded] == ["1"]  # the base was measured by the first attempt
     assert result.winner == "missing"
     assert run(make_context(recipe(corpus, uris, key_prefix))) == result
+    other = {"new": uris["base"], "tuned": uploaded["mini"]}
+    again = run(make_context(recipe(corpus, other, f"{key_prefix}/other")))
+    assert len(loaded) == 1  # another Evaluation, another name, another place: the same models on the same split
+    assert [(row.candidate, row.wer) for row in again.leaderboard] == [
+        ({"missing": "tuned", "base": "new"}[row.candidate], row.wer) for row in result.leaderboard
+    ]
+    s3_store.upload_directory(ensure_mini_model(), f"{key_prefix}/changing")
+    changing = {"base": s3_store.uri(f"{key_prefix}/changing")}
+    first = run(make_context(recipe(corpus, changing, f"{key_prefix}/first")))
+    for file in s3_store.list(uploaded["worse"].removeprefix("s3://attune/") + "/"):
+        s3_store.write_bytes(f"{key_prefix}/changing/{file.rpartition('/')[2]}", s3_store.read_bytes(file))
+    second = run(make_context(recipe(corpus, changing, f"{key_prefix}/second")))
+    assert float(second.leaderboard[0].wer) > float(first.leaderboard[0].wer)  # same address, another model
 
 
 def test_the_report_holds_figures_and_no_transcript(

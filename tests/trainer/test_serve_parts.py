@@ -11,10 +11,10 @@ import pytest
 import soundfile
 import soxr
 from attune_trainer.failures import InvalidInput
+from attune_trainer.processors import quota_processors, usable_processors
 from attune_trainer.serving import batching
 from attune_trainer.serving.audio import AudioLimits, Samples, UnusableAudioError, decode_audio
 from attune_trainer.serving.batching import Batcher, BatchLimits, OverloadedError, choose_batch
-from attune_trainer.serving.processors import quota_processors, usable_processors
 from attune_trainer.serving.settings import ServeSettings
 
 LIMITS = AudioLimits(max_seconds=20, max_decode_seconds=10)

@@ -1,6 +1,7 @@
 """evaluate: candidates x a split -> leaderboard with intervals, winner, verdict, report."""
 
 import gc
+import hashlib
 import json
 import logging
 import shutil
@@ -8,9 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import attune
 import jiwer
 from attune.contract.job import EvaluateCandidate, EvaluateRecipe, SplitBy
 from attune.contract.measures import Metric
@@ -22,12 +25,13 @@ from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, NotFound, OutOfMemory, RecipeFailure, Terminated, is_out_of_memory
 from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
+from attune_trainer.processors import describe_processors
 from attune_trainer.scoring.bootstrap import BootstrapInterval
 from attune_trainer.scoring.errors import count_characters, count_errors, total
 from attune_trainer.scoring.normaliser import NORMALISER, normalise
 from attune_trainer.scoring.report import Subject, histogram, write_report
 from attune_trainer.scoring.verdict import Judged, Judgement, Measured, judge
-from attune_trainer.store import fetch_model
+from attune_trainer.store import digest_directory, fetch_model
 
 _log = logging.getLogger(__name__)
 
@@ -119,21 +123,25 @@ def _measure(
     references: Sequence[str],
     language: str,
 ) -> _Heard:
-    """Lets one candidate hear the split, or reads what it heard in an attempt before; a failure names the candidate."""
-    key = f"{recipe.output_prefix.rstrip('/')}/measured/{candidate.name}.json"
-    question = {
-        "dataset": recipe.dataset.revision,
-        "split": recipe.split.value,
-        "model": candidate.model.model_dump(by_alias=True, exclude_none=True),
-        "normaliser": NORMALISER,
-    }
+    """Lets one candidate hear the split, or reads what this very model heard before; a failure names the candidate.
+
+    What was heard lies beside the Dataset's revision, so that an attempt that was cut off goes on where it was, and
+    another Evaluation of the same model on the same split need not hear it again.
+    """
     try:
-        earlier = _read_measured(context, key, question)
-        if earlier is not None:
-            return earlier
-        heard = _transcribe_all(candidate, position, recipe, context, utterances, references, language)
-        context.publish(key, {"question": question, "heard": _HEARD.dump_python(heard, mode="json")})
-        return heard  # noqa: TRY300 (an else would part it from what it gives)
+        context.reporter.update(stage="LoadingModel", percent=_begun(recipe, position))
+        folder = fetch_model(
+            context.store, candidate.model.uri, context.directory("models") / str(position), candidate.model.digest
+        )
+        question = _question(recipe, candidate.model.digest or digest_directory(folder))
+        name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
+        key = f"{recipe.dataset.uri.rstrip('/')}/measured/{name}.json"
+        heard = _read_measured(context, key, question)
+        if heard is None:
+            heard = _transcribe_all(candidate, folder, position, recipe, context, utterances, references, language)
+            context.publish(key, {"question": question, "heard": _HEARD.dump_python(heard, mode="json")})
+        shutil.rmtree(folder, ignore_errors=True)
+        return replace(heard, measured=replace(heard.measured, name=candidate.name))
     except Terminated:
         raise
     except RecipeFailure as failure:
@@ -149,8 +157,27 @@ def _measure(
         ) from error
 
 
+def _question(recipe: EvaluateRecipe, model_digest: str) -> dict[str, Any]:
+    """Names everything that what is heard depends on; with the machine, where its speed counts too."""
+    question: dict[str, Any] = {
+        "attune": attune.__version__,
+        "dataset": recipe.dataset.revision,
+        "split": recipe.split.value,
+        "model": model_digest,
+        "normaliser": NORMALISER,
+    }
+    if Metric.REAL_TIME_FACTOR in {*recipe.metrics, *(gate.metric for gate in recipe.gates)}:
+        question["machine"] = describe_processors()
+    return question
+
+
+def _begun(recipe: EvaluateRecipe, position: int) -> float:
+    """Gives the progress in percent at which a candidate's turn begins; all of them take 5 to 95."""
+    return 5 + 90 / len(recipe.candidates) * position
+
+
 def _read_measured(context: RecipeContext, key: str, question: dict[str, Any]) -> _Heard | None:
-    """Gives what an attempt that was cut off has left, where it answers the same question."""
+    """Gives what was measured before, where it answers the same question."""
     try:
         content = json.loads(context.store.read_bytes(key))
         if content["question"] != question:
@@ -159,14 +186,15 @@ def _read_measured(context: RecipeContext, key: str, question: dict[str, Any]) -
     except NotFound:
         return None
     except (ValueError, KeyError, TypeError):
-        _log.warning("what an earlier attempt left is not readable; measuring again", extra={"key": key})
+        _log.warning("what was measured before is not readable; measuring again", extra={"key": key})
         return None
-    _log.info("measured by an earlier attempt", extra={"candidate": heard.measured.name})
+    _log.info("measured before", extra={"key": key})
     return heard
 
 
 def _transcribe_all(
     candidate: EvaluateCandidate,
+    folder: Path,
     position: int,
     recipe: EvaluateRecipe,
     context: RecipeContext,
@@ -174,12 +202,7 @@ def _transcribe_all(
     references: Sequence[str],
     language: str,
 ) -> _Heard:
-    share = 90 / len(recipe.candidates)
-    begun = 5 + share * position
-    context.reporter.update(stage="LoadingModel", percent=begun)
-    folder = fetch_model(
-        context.store, candidate.model.uri, context.directory("models") / str(position), candidate.model.digest
-    )
+    begun, share = _begun(recipe, position), _begun(recipe, 1) - _begun(recipe, 0)
     recognizer = load_recognizer(folder)
     audio = context.directory("audio")
     # Clips of like length together: a batch is as long as its longest.
@@ -212,7 +235,6 @@ def _transcribe_all(
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    shutil.rmtree(folder, ignore_errors=True)
     return _Heard(measured, _confusions(references, normalised))
 
 

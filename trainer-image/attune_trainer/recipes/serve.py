@@ -20,11 +20,11 @@ from attune.contract.exitcode import ExitCode
 
 from attune_trainer.failures import RecipeFailure, from_exception
 from attune_trainer.job import summarise, write_termination_message
+from attune_trainer.processors import usable_processors
 from attune_trainer.serving.app import Phase, Service, build_app
 from attune_trainer.serving.audio import Samples
 from attune_trainer.serving.batching import Batcher, BatchLimits
 from attune_trainer.serving.exposition import ServeMetrics
-from attune_trainer.serving.processors import usable_processors
 from attune_trainer.serving.settings import ServeSettings
 from attune_trainer.store import Store, fetch_model
 

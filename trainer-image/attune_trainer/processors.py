@@ -1,7 +1,9 @@
-"""How many processors this container may use, so that thread pools do not fight the CPU limit."""
+"""Which processors this container may use; thread pools must not fight the CPU limit."""
 
 import math
 import os
+import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,3 +46,18 @@ def _read(path: Path) -> str | None:
         return path.read_text().strip()
     except OSError:
         return None
+
+
+def describe_processors() -> dict[str, str | int | list[str]]:
+    """Says what a measured speed depends on: kind and number of processors, and the GPUs.
+
+    -> {"processor": "...", "count": 2, "gpus": []}
+    """
+    import torch  # noqa: PLC0415 (takes seconds, and those who count threads must not import it before they have)
+
+    described = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    return {
+        "processor": described[1] if described else platform.machine(),
+        "count": usable_processors(os.environ),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+    }
