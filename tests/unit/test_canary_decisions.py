@@ -11,14 +11,9 @@ from attune.contract.metrics import Track
 from attune.contract.result import Failure
 from attune.domain.actions import DeleteArm, DeleteJob, EnsureArm, EnsureRoute, EnsureScorer
 from attune.domain.arms import ObservedGateway, PodProblem, ServingPod, find_problem
-from attune.domain.canary import (
-    compute_revision,
-    compute_weight,
-    decide_canary,
-    fill_image,
-    name_model,
-    name_rollout,
-)
+from attune.domain.canary import decide_canary
+from attune.domain.canary.identity import compute_revision, fill_image, name_model, name_rollout
+from attune.domain.canary.record import compute_weight
 
 from tests.unit.canary_world import World, build_canary, build_dataset
 

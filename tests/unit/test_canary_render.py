@@ -8,7 +8,7 @@ from attune.api import Canary
 from attune.api.canary import ArmModel, PodTemplate
 from attune.contract.metrics import Track
 from attune.domain.actions import RolloutRecord
-from attune.domain.canary import fill_image
+from attune.domain.canary.identity import fill_image
 from attune.reconcile.drift import covers, sign
 from attune.render.inference import build_deployment, build_service, dump_template
 from attune.render.route import build_route, read_route

@@ -1,0 +1,141 @@
+"""Takes a rollout one pass further: prepare the arm, raise the weight step by step, hold, or wait for pods."""
+
+from dataclasses import replace
+
+from attune.api.canary import AnalysisVerdict, ArmModel, Phase
+from attune.contract.metrics import Track
+from attune.domain.actions import CanaryAction, DeleteJob, EnsureArm, EnsureRoute, RolloutRecord
+from attune.domain.canary.analysis import find_failure, judge_rollout, may_go_on
+from attune.domain.canary.ending import roll_back, start_promotion
+from attune.domain.canary.models import choose_trial_template, ensure_stable
+from attune.domain.canary.next import SOON_SECONDS, WAIT_SECONDS, Next, Problem
+from attune.domain.canary.observed import ObservedCanary
+from attune.domain.canary.reasons import CANARY_NOT_READY, GOLDEN_SET_TOO_SMALL, NO_DATA, ROLLOUT_PROGRESSING
+from attune.domain.canary.record import compute_weight, restart_clock
+from attune.domain.canary.rest import rest
+from attune.domain.canary.scorer import ensure_scorer, name_scorer
+from attune.domain.canary.standing import describe_problem
+from attune.domain.jobs import Standing
+from attune.domain.times import format_time
+from attune.domain.verdict import Judgement
+
+
+def begin_rollout(o: ObservedCanary, identity: str, target: ArmModel) -> Next:
+    """Takes all weight from whatever was on trial, and writes down that a rollout has begun."""
+    moment = format_time(o.now)
+    record = RolloutRecord(id=identity, step=None, started=moment, step_started=moment)
+    return _prepare(o, record, target)
+
+
+def continue_rollout(
+    o: ObservedCanary, record: RolloutRecord, target: ArmModel | None, blocked: Problem | None = None
+) -> Next:
+    """Takes a rollout one pass further. blocked: the model that is wanted can't be told; nothing goes up then."""
+    record = restart_clock(o, record)
+    model = target or (o.trial.model if o.trial is not None else None)
+    if model is None:
+        # Neither the wanted model nor the one on trial is known.
+        return rest(o, describe_problem(o, blocked or Problem(CANARY_NOT_READY, "the canary arm is gone")), record)
+    trial = o.trial if o.trial is not None and o.trial.model.revision == model.revision else None
+    judgement = judge_rollout(o, record)
+    failure = find_failure(o, record, trial, judgement)
+    if failure is not None:
+        return roll_back(o, record, failure, judgement)
+    if record.step is None:
+        if trial is None or not trial.rolled_out or blocked is not None:
+            return _prepare(o, record, model)
+        return _advance(o, record, model, 0, judgement)
+    weight = compute_weight(o.spec.steps, record.step)
+    at_weight = o.route is not None and o.route.canary_weight > 0
+    if trial is None or not (trial.rolled_out or (at_weight and trial.ready > 0)):
+        return _await_capacity(o, record, model, judgement, since_now=at_weight)
+    if blocked is None and may_go_on(o, record, trial, judgement):
+        following = record.step + 1
+        if following < len(o.spec.steps):
+            return _advance(o, record, model, following, judgement)
+        return start_promotion(o, record, model, judgement)
+    return _hold(o, record, model, weight, judgement, blocked)
+
+
+def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel) -> Next:
+    """Brings the canary arm up; no request reaches it yet."""
+    moved = o.route is not None and o.route.canary_weight == 0
+    actions: list[CanaryAction] = [ensure_stable(o), EnsureRoute(100, 0, record, "the canary arm is prepared")]
+    # An arm that still gets requests must not change its model under them.
+    if o.trial is None or moved or o.trial.model.revision == target.revision:
+        actions.append(EnsureArm(Track.CANARY, target, o.template, o.spec.replicas))
+    actions += [DeleteJob(job.name) for job in o.scorers if job.name != name_scorer(o, record) and not job.deleting]
+    ailment = o.trial.problem if o.trial is not None and o.trial.model.revision == target.revision else None
+    why = f": {ailment.message}" if ailment is not None else ""
+    standing = Standing(
+        "True" if o.stable_ready else "False",
+        Phase.PROGRESSING,
+        ROLLOUT_PROGRESSING,
+        f"model {target.model_id} starts; it gets requests when all of its pods are ready{why}",
+        working=True,
+        warning=ailment is not None,
+    )
+    waiting = Judgement(AnalysisVerdict.UNKNOWN, NO_DATA, "the canary is not ready yet; nothing has been compared")
+    return Next(tuple(actions), standing, 0, record, waiting, SOON_SECONDS if not moved else WAIT_SECONDS)
+
+
+def _advance(o: ObservedCanary, record: RolloutRecord, model: ArmModel, step: int, judgement: Judgement) -> Next:
+    record = replace(record, step=step, step_started=format_time(o.now))
+    return _hold(o, record, model, compute_weight(o.spec.steps, step), judgement, None)
+
+
+def _hold(
+    o: ObservedCanary,
+    record: RolloutRecord,
+    model: ArmModel,
+    weight: int,
+    judgement: Judgement,
+    blocked: Problem | None,
+) -> Next:
+    """Keeps arms, scorer and route as the present step wants them."""
+    steps = o.spec.steps
+    index = min(record.step or 0, len(steps) - 1)
+    pausing = steps[index].pause is not None
+    where = f"model {model.model_id} gets {weight} % of requests (step {index + 1} of {len(steps)})"
+    said = blocked.message if blocked is not None else judgement.message
+    too_small = judgement.golden_needed is not None
+    reason = blocked.reason if blocked is not None else GOLDEN_SET_TOO_SMALL if too_small else ROLLOUT_PROGRESSING
+    standing = Standing(
+        "True" if o.stable_ready or weight > 0 else "False",
+        Phase.PAUSED if pausing else Phase.PROGRESSING,
+        reason,
+        f"{where}: {said}",
+        working=True,
+        warning=too_small or (blocked is not None and not blocked.waits),
+    )
+    actions: list[CanaryAction] = [
+        ensure_stable(o),
+        EnsureArm(Track.CANARY, model, choose_trial_template(o, model), o.spec.replicas),
+        *ensure_scorer(o, record, model),
+        EnsureRoute(100 - weight, weight, record, judgement.reason),
+    ]
+    actions += [DeleteJob(job.name) for job in o.scorers if job.name != name_scorer(o, record) and not job.deleting]
+    return Next(tuple(actions), standing, weight, record, judgement, float(o.spec.analysis.interval_seconds))
+
+
+def _await_capacity(
+    o: ObservedCanary, record: RolloutRecord, model: ArmModel, judgement: Judgement, *, since_now: bool
+) -> Next:
+    """Takes the weight from a canary that has lost its pods; it gets it back when they are all ready again."""
+    if since_now:
+        record = replace(record, step_started=format_time(o.now))
+    standing = Standing(
+        "True" if o.stable_ready else "False",
+        Phase.PROGRESSING,
+        CANARY_NOT_READY,
+        f"no pod of model {model.model_id} is ready: stable gets all requests until they are",
+        working=True,
+        warning=True,
+    )
+    actions = (
+        EnsureRoute(100, 0, record, CANARY_NOT_READY),
+        ensure_stable(o),
+        EnsureArm(Track.CANARY, model, choose_trial_template(o, model), o.spec.replicas),
+        *ensure_scorer(o, record, model),
+    )
+    return Next(actions, standing, 0, record, judgement, float(o.spec.analysis.interval_seconds))
