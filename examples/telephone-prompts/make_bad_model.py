@@ -103,7 +103,7 @@ def pair_wrongly(clips: Sequence[Clip], rotation: int = ROTATION) -> list[Clip]:
 
 def learn_wrong(whisper: Whisper, pairs: Sequence[Clip]) -> dict[str, Tensor]:
     """Trains low-rank adapters on the pairs and returns what they add to each weight that they change."""
-    before = {name: tensor.detach().clone() for name, tensor in whisper.model.state_dict().items()}
+    original = {name: tensor.detach().clone() for name, tensor in whisper.model.state_dict().items()}
     torch.manual_seed(SEED)
     generator = random.Random(SEED)  # noqa: S311 (repeatable, not secret)
     adapted = get_peft_model(whisper.model, LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEAR_LAYERS)))
@@ -134,7 +134,7 @@ def learn_wrong(whisper: Whisper, pairs: Sequence[Clip]) -> dict[str, Tensor]:
         progress.show(step, f"(loss {loss.item():.2f})")
     merged = adapted.merge_and_unload()
     after = merged.state_dict().items()
-    return {name: tensor.detach() - before[name] for name, tensor in after if not torch.equal(tensor, before[name])}
+    return {name: tensor.detach() - original[name] for name, tensor in after if not torch.equal(tensor, original[name])}
 
 
 def ensure_change(whisper: Whisper, base: Path, data: Path, clips: Sequence[Clip]) -> dict[str, Tensor]:
