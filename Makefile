@@ -18,7 +18,7 @@ $(VENV)/.ready: requirements/dev.txt requirements/bootstrap.txt pyproject.toml
 
 setup: $(VENV)/.ready ## the Python environment, and the Debian packages that tests and examples use
 
-up: setup ## a cluster, the platform, the images, the operator
+up: setup ## a cluster, the platform, the images
 	@$(DEVCLUSTER) up
 
 down: ## removes every trace of the cluster

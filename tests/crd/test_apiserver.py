@@ -277,6 +277,8 @@ UNCHANGEABLE = [
     ("FineTune", {"lora": {"rank": 8}}),
     ("FineTune", {"hyperparameters": {"epochs": 9}}),
     ("FineTune", {"padding": "Window"}),
+    ("FineTune", {"distributed": {"zeroStage": 1}}),
+    ("FineTune", {"earlyStopping": {"patience": 5}}),
 ]
 
 

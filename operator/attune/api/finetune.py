@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from attune.api.meta import (
     IMMUTABLE,
@@ -34,7 +34,17 @@ class BaseModelSource(SpecModel):
 
 
 class FineTuneSpec(SpecModel):
-    """What is wanted: a base model, Datasets, and how to train."""
+    """What is wanted: a base model, Datasets, and how to train. What decides the model cannot be changed."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "has(self.earlyStopping) == has(oldSelf.earlyStopping) && "
+                "(!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping)",
+                "earlyStopping is immutable: create a new resource instead",
+            )
+        )
+    )
 
     base_model: BaseModelSource = Field(description="The model to start from.", json_schema_extra=cel(IMMUTABLE))
     datasets: Annotated[list[LocalRef], Field(min_length=1, max_length=8)] = Field(
@@ -61,7 +71,9 @@ class FineTuneSpec(SpecModel):
         default=None,
         description="Ends the run when validation WER no longer falls.",
     )
-    distributed: Distributed = Field(default_factory=Distributed, description="Processes that train together.")
+    distributed: Distributed = Field(
+        default_factory=Distributed, description="Processes that train together.", json_schema_extra=cel(IMMUTABLE)
+    )
     checkpoint: Checkpointing = Field(default_factory=Checkpointing, description="When state is saved.")
     resources: PodResources | None = Field(default=None, description="Resources of the training pod.")
     suspend: bool = Field(
