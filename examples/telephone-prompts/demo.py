@@ -60,6 +60,7 @@ class Stage:
     seconds: float = 0.0
     wer: str = ""
     verdict: str = ""
+    resources: str = ""  # what kubectl get shows at its end
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Record:
     stages: list[Stage] = field(default_factory=list)
     rollouts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     traffic: dict[str, Any] = field(default_factory=dict)
+    story: str = ""  # kubectl describe of the Canary at the end
 
     @contextmanager
     def stage(self, name: str, *, shows: bool = True) -> Iterator[Stage]:
