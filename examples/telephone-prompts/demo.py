@@ -36,6 +36,7 @@ from devcluster.client import (  # noqa: E402 (the repository must be on the pat
     forwarded,
     get,
     install_operator,
+    is_current,
     kubectl,
     load_cluster_environment,
     say,
@@ -200,7 +201,8 @@ def roll_out(record: Record, title: str, model: dict[str, Any], *, outcome: str)
                     "seconds": round(time.monotonic() - began, 1),
                     "phase": status.get("phase"),
                     "weight": status.get("canary", {}).get("weight", 0),
-                    "analysis": status.get("analysis"),
+                    # Until the operator has seen the change, the status tells of the rollout before.
+                    "analysis": status.get("analysis") if is_current(resource) else None,
                 }
             )
 

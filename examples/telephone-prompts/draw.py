@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STABLE, CANARY = "#4c6a92", "#c0622d"
+DIFFERENCE_SHOWN = 45  # points; the first bounds are wider than any scale would bear
 
 Samples = list[dict[str, Any]]
 
@@ -39,22 +40,28 @@ def draw_word_errors(rollouts: dict[str, Samples], target: Path) -> None:
     """Draws both arms' WER, and the bounds of the difference, over the utterances that both have heard."""
     figure, axes = plt.subplots(2, len(rollouts), figsize=(9, 5), sharex="col", sharey="row", layout="constrained")
     for column, (title, samples) in enumerate(rollouts.items()):
-        known = [each["analysis"] for each in samples if each["analysis"] and each["analysis"].get("canaryWer")]
-        seen = {each["utterances"]: each for each in known if each.get("low") is not None}
+        known = [each for each in samples if each["analysis"] and each["analysis"].get("low") is not None]
+        seen = {each["analysis"]["utterances"]: each["analysis"] for each in known}
         order = sorted(seen)
         upper, lower = axes[0][column], axes[1][column]
         for key, label, colour in (("stableWer", "stable", STABLE), ("canaryWer", "canary", CANARY)):
             upper.plot(order, [100 * float(seen[n][key]) for n in order], label=label, color=colour, marker=".")
+        # Each step is named where the first figures of its time are.
+        steps = {each["weight"]: each["analysis"] for each in reversed(known) if each["weight"]}
+        for weight, analysis in steps.items():
+            place = (analysis["utterances"], 100 * float(analysis["canaryWer"]))
+            upper.annotate(f"{weight} %", place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)
         upper.set(title=title)
+        upper.margins(y=0.2)
         upper.legend()
         low = [100 * float(seen[n]["low"]) for n in order]
         high = [100 * float(seen[n]["high"]) for n in order]
         lower.fill_between(order, low, high, alpha=0.25, color=CANARY)
         lower.plot(order, [100 * float(seen[n]["difference"]) for n in order], color=CANARY, marker=".")
         lower.axhline(0, color="black", linewidth=0.8)
-        lower.set(xlabel="utterances that both arms have heard")
+        lower.set(xlabel="utterances that both arms have heard", ylim=(-DIFFERENCE_SHOWN, DIFFERENCE_SHOWN))
     axes[0][0].set_ylabel("word error rate, %")
-    axes[1][0].set_ylabel("difference and its bounds, points")
+    axes[1][0].set_ylabel("difference, points")
     figure.savefig(target, dpi=120)
     plt.close(figure)
 
