@@ -26,7 +26,9 @@ from devcluster.progress import Step, step
 REACH_SECONDS = 3.0
 DOWNLOAD_SECONDS = 60.0
 # Only the link editor reads debugging tables, and it is told to drop them: not writing them saves a tenth of the time.
-COMPILE = ("-buildvcs=false", "-trimpath", "-gcflags=all=-dwarf=false")
+# No -trimpath: it names packages by the version that is required, not by the one that replaces it, so that Kubernetes'
+# libraries, which are at one version in all of tools/*/go.mod, would be compiled anew for each program.
+COMPILE = ("-buildvcs=false", "-gcflags=all=-dwarf=false")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def programs() -> tuple[Program, ...]:
     arch = architecture()
     kubernetes = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")
     major, minor, _patch = versions.KUBERNETES.split(".")
+    chart_version = "helm.sh/helm/v3/pkg/chartutil.k8sVersion"
     stamp = "-X k8s.io/component-base/version."
     github = "https://github.com"
     etcd = f"etcd-v{versions.ETCD}-linux-{arch}"
@@ -92,6 +95,7 @@ def programs() -> tuple[Program, ...]:
     coredns_file = f"coredns_{versions.COREDNS}_linux_{arch}.tgz"
     prometheus = f"prometheus-{versions.PROMETHEUS}.linux-{arch}"
     prometheus_release = f"{github}/prometheus/prometheus/releases/download/v{versions.PROMETHEUS}"
+    prometheus_programs = ("prometheus", "promtool")
     helm_file = f"helm-v{versions.HELM}-linux-{arch}.tar.gz"
     versitygw = f"{github}/versity/versitygw/releases/download/v{versions.VERSITYGW}"
     versitygw_name = f"versitygw_v{versions.VERSITYGW}_Linux_{ {'amd64': 'x86_64', 'arm64': 'arm64'}[arch] }"
@@ -152,12 +156,12 @@ def programs() -> tuple[Program, ...]:
         Program(
             "prometheus",
             versions.PROMETHEUS,
-            {"prometheus": "github.com/prometheus/prometheus/cmd/prometheus"},
+            {name: f"github.com/prometheus/prometheus/cmd/{name}" for name in prometheus_programs},
             (
                 Release(
                     f"{prometheus_release}/{prometheus}.tar.gz",
                     f"{prometheus_release}/sha256sums.txt",
-                    {"prometheus": f"{prometheus}/prometheus"},
+                    {name: f"{prometheus}/{name}" for name in prometheus_programs},
                 ),
             ),
             linker=f"-X github.com/prometheus/common/version.Version={versions.PROMETHEUS}",
@@ -175,6 +179,8 @@ def programs() -> tuple[Program, ...]:
                     {"helm": f"linux-{arch}/helm"},
                 ),
             ),
+            # Without these `helm template` renders for a Kubernetes of years ago, which the chart refuses.
+            linker=f"-X {chart_version}Major={major} -X {chart_version}Minor={minor}",
         ),
     )
 

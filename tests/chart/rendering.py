@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 
-from devcluster import versions
-
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "attune"
 RELEASE, NAMESPACE = "attune", "attune-system"
@@ -72,6 +70,6 @@ def _render(helm: Helm, values: str, tests: bool) -> str:  # noqa: FBT001 (the c
     skip = () if tests else ("--skip-tests",)
     return helm.run(
         "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", "-",
-        "--kube-version", versions.KUBERNETES, *skip,
+        *skip,
         stdin=values,
     )  # fmt: skip

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from attune.settings import Settings
 from attune.telemetry import Metrics
 from prometheus_client import generate_latest
 
+from devcluster import binaries
 from tests.chart.rendering import CHART, NAMESPACE, ROOT, Helm, Object, Rendered
 
 EVERYTHING: Object = {
@@ -324,7 +324,7 @@ def test_alerts_and_dashboard_ask_for_series_that_exist(helm: Helm) -> None:
     assert names <= exported()
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")
+@pytest.mark.slow
 def test_alerts_fire_when_they_should(helm: Helm, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "attune", "rules": alerts(helm)}]}))
 
@@ -395,7 +395,7 @@ def test_alerts_fire_when_they_should(helm: Helm, tmp_path: Path) -> None:
     )
     document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump(document))
-    done = subprocess.run(
-        ["promtool", "test", "rules", "tests.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    binaries.ensure(["promtool"])
+    command = [str(binaries.find("promtool")), "test", "rules", "tests.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

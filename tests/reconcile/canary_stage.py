@@ -3,7 +3,6 @@
 import contextlib
 import http.server
 import json
-import shutil
 import socket
 import subprocess
 import threading
@@ -24,6 +23,7 @@ from attune.reconcile.queue import Key
 from attune.render.inference import LABEL_REVISION, LABEL_TRACK
 from attune.settings import Settings
 
+from devcluster import binaries
 from tests.reconcile.kubelet import Namespace, find_condition, now, wait_for
 
 ANSWER_SECONDS = 150.0
@@ -121,8 +121,7 @@ def serve(answer: Callable[[str], tuple[int, str, str]]) -> tuple[http.server.Th
 
 def run_prometheus(folder: Path, target: int) -> Iterator[str]:
     """Runs a real Prometheus that scrapes one target every second; gives its URL."""
-    binary = shutil.which("prometheus")
-    assert binary is not None
+    binaries.ensure(["prometheus"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -133,7 +132,7 @@ def run_prometheus(folder: Path, target: int) -> Iterator[str]:
     (folder / "prometheus.yml").write_text(json.dumps(config))
     process = subprocess.Popen(
         [
-            binary,
+            str(binaries.find("prometheus")),
             f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",

@@ -1,6 +1,5 @@
 """A Canary against a real API server, its Deployment controller and a real Prometheus; the test plays the kubelet."""
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from tests.reconcile.kubelet import Namespace, wait_for
 pytestmark = [
     pytest.mark.apiserver,
     pytest.mark.timeout(500),
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the prometheus binary (Debian: prometheus)"),
 ]
 
 

@@ -39,8 +39,10 @@ class FineTuneSpec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "has(self.earlyStopping) == has(oldSelf.earlyStopping) && "
-                "(!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping)",
+                (
+                    "has(self.earlyStopping) == has(oldSelf.earlyStopping) && "
+                    "(!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping)"
+                ),
                 "earlyStopping is immutable: create a new resource instead",
             )
         )
