@@ -29,7 +29,6 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from devcluster.client import (  # noqa: E402 (the repository must be on the path first)
     REPOSITORY,
-    ClusterError,
     Resource,
     apply,
     condition,
@@ -43,6 +42,7 @@ from devcluster.client import (  # noqa: E402 (the repository must be on the pat
     store_on_loopback,
     wait,
 )
+from devcluster.errors import ClusterError  # noqa: E402
 
 NAMESPACE = "speech"
 MANIFESTS = HERE / "manifests"
