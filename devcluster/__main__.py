@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from devcluster import controlplane, up
 from devcluster.errors import ClusterError
+from devcluster.hostsystem import ADMINISTRATORS_PATH
 from devcluster.progress import say
 
 
@@ -24,6 +26,8 @@ def main() -> int:
     commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
     commands.add_parser("env", help="print shell commands that make kubectl and helm find the cluster")
     arguments = parser.parse_args()
+    # A shell of `su` finds neither nft nor modprobe, and the daemons inherit what it finds.
+    os.environ["PATH"] = ADMINISTRATORS_PATH
     try:
         return _run(arguments)
     except ClusterError as error:

@@ -329,6 +329,11 @@ def go() -> str:
     return found
 
 
+def output_path(program: Program, folder: Path) -> Path:
+    """What `go build -o` is told: a file where there is one program, since Go would name etcd's "server"."""
+    return folder if len(program.packages) > 1 else folder / next(iter(program.packages))
+
+
 def _build(program: Program, names: list[str], folder: Path, current: Step) -> None:
     module = paths.TOOLS / program.tool
     packages = [program.packages[name] for name in names]
@@ -353,7 +358,7 @@ def _build(program: Program, names: list[str], folder: Path, current: Step) -> N
         with subprocess.Popen(
             [
                 *(command, "build", "-v", *options, *COMPILE, "-ldflags", f"-s -w {program.linker}"),
-                *("-o", f"{folder}/", *packages),
+                *("-o", str(output_path(program, folder)), *packages),
             ],
             cwd=module,
             env=go_environment(),

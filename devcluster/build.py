@@ -262,6 +262,8 @@ def debian_mirror() -> str:
     """Where Debian's packages come from: ATTUNE_DEBIAN_MIRROR, else what this machine uses, else deb.debian.org."""
     if chosen := os.environ.get("ATTUNE_DEBIAN_MIRROR"):
         return chosen
+    if shutil.which("apt-get") is None:
+        return DEBIAN_MIRROR
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", f"Codename: {versions.DEBIAN}"],
         capture_output=True,

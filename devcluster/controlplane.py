@@ -39,7 +39,6 @@ class ControlPlane:
 
     folder: Path
     address: str = "127.0.0.1"
-    preferred_port: int = 0
     log_folder: Path | None = None
 
     @property
@@ -67,10 +66,8 @@ class ControlPlane:
         file = self.folder / "ports.json"
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            etcd_client, etcd_peer, proxy_metrics, any_port = free_ports(4)
-            apiserver = self.preferred_port if is_free(self.address, self.preferred_port) else any_port
-            chosen = {"etcd": etcd_client, "etcd-peer": etcd_peer, "apiserver": apiserver, "kube-proxy": proxy_metrics}
-            file.write_text(json.dumps(chosen))
+            names = ("etcd", "etcd-peer", "apiserver", "kube-proxy")
+            file.write_text(json.dumps(dict(zip(names, free_ports(len(names)), strict=True))))
         ports: dict[str, int] = json.loads(file.read_text())
         return ports
 
@@ -204,17 +201,6 @@ def free_ports(count: int) -> list[int]:
     finally:
         for opened in sockets:
             opened.close()
-
-
-def is_free(address: str, port: int) -> bool:
-    """Whether a server could listen there; port 0 stands for none."""
-    with socket.socket() as opened:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            opened.bind((address, port))
-        except OSError:
-            return False
-    return port != 0
 
 
 def default_state() -> Path:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ CGROUP = "attune"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 # What kube-proxy and the CNI plugins name their chains and tables.
 CHAINS = re.compile(r"^(KUBE-|CNI-)")
+OWN_TABLE = "ip attune"
 TABLES = ("kube-proxy", "attune")
 # Each kernel module that is needed, and what is there once it is loaded or where it is built in.
 KERNEL_PARTS = {
@@ -125,11 +127,17 @@ class HostSystem:
             file = Path("/proc/sys") / name
             if file.exists() and file.read_text().strip() != value:
                 file.write_text(value)
-        for folder in sorted(noted["folders"], key=len, reverse=True):
-            shutil.rmtree(folder, ignore_errors=True)
+        self.remove_folders()
         for module in noted["modules"]:
-            subprocess.run(["modprobe", "-r", module], capture_output=True, check=False)
+            modprobe = shutil.which("modprobe", path=ADMINISTRATORS_PATH) or "modprobe"
+            subprocess.run([modprobe, "-r", module], capture_output=True, check=False)
         self.record.unlink(missing_ok=True)
+
+    def remove_folders(self) -> None:
+        """Remove the folders that we made. As mount points they are empty; what others have put there since stays."""
+        for folder in sorted(self._read()["folders"], key=len, reverse=True):
+            with suppress(OSError):
+                Path(folder).rmdir()
 
 
 def run(*arguments: str, text: str | None = None) -> str:
@@ -169,6 +177,11 @@ def remove_groups(group: Path) -> None:
 def groups_left() -> list[Path]:
     """Our control groups that exist."""
     return [hierarchy / CGROUP for hierarchy in hierarchies() if (hierarchy / CGROUP).exists()]
+
+
+def is_used() -> bool:
+    """Whether this machine shows traces that nobody but our node leaves; only root sees all of them."""
+    return bool(groups_left() or node_links()) or OWN_TABLE in rules_left()
 
 
 def node_links() -> list[str]:

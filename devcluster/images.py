@@ -11,12 +11,11 @@ from pathlib import Path
 from devcluster import artifacts, binaries, build, containerd, paths, versions
 from devcluster.build import RECIPES, Buildah, Recipe
 from devcluster.errors import ClusterError
-from devcluster.node import PAUSE_IMAGE, Node
-from devcluster.oci import Image, write_layer
+from devcluster.node import PAUSE_IMAGE, SEARCH_PATH, Node
+from devcluster.oci import Blob, Image, write_layer
 from devcluster.progress import step
 
 COREDNS_IMAGE = f"docker.io/coredns/coredns:{versions.COREDNS}"
-SEARCH_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # One buildah at a time: two of them would make the same base and the same heavy layer side by side.
 _building = threading.Lock()
 
@@ -30,8 +29,12 @@ def folder() -> Path:
 
 def _program_image(name: str, place: str, program: Path) -> Image:
     """An image of one program and nothing else."""
-    layer = write_layer(folder() / f"{Path(place).name}-{program.parent.name}.tar", {place: program})
-    return Image.of_layers(name, [layer], {"Entrypoint": [place], "Env": [SEARCH_PATH]})
+    file = folder() / f"{program.parent.name}-{program.name}.tar"
+    if file.exists() and file.stat().st_mtime_ns > program.stat().st_mtime_ns:
+        layer = Blob.of_file(file)
+    else:
+        layer = write_layer(file, {place: program})
+    return Image.of_layers(name, [layer], {"Entrypoint": [place], "Env": [f"PATH={SEARCH_PATH}"]})
 
 
 def pause() -> Image:

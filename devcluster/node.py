@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 
-from devcluster import binaries, controlplane, paths
+from devcluster import binaries, controlplane, hostsystem, paths
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from devcluster.hostsystem import ADMINISTRATORS_PATH, BRIDGE, CGROUP, HostSystem
@@ -24,13 +24,12 @@ ADDRESS = "10.244.0.1"
 PODS = "10.244.0.0/24"
 PREFIX = 24
 CLUSTER_DNS = "10.96.0.10"
-API_PORT = 6443
 PAUSE_IMAGE = "localhost/attune/pause:1"
 PROGRAMS = (
     *controlplane.PROGRAMS,
     *("kube-scheduler", "kubelet", "kube-proxy", "containerd", "containerd-shim-runc-v2", "ctr"),
 )
-# Debian's packages of what the node runs besides; a package is named only where its program is used.
+# Debian's packages of what the node runs, and of what its images are made with.
 PACKAGES = {
     "runc": "runc",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
@@ -41,8 +40,11 @@ PACKAGES = {
     "unshare": "util-linux",
     "openssl": "openssl",
     "conntrack": "conntrack",
+    "buildah": "buildah",
+    "mmdebstrap": "mmdebstrap",
 }
 CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 READY_SECONDS = 180.0
 
 
@@ -60,7 +62,7 @@ class Node:
     @property
     def plane(self) -> ControlPlane:
         """The node's control plane."""
-        return ControlPlane(self.folder, ADDRESS, API_PORT, paths.logs())
+        return ControlPlane(self.folder, ADDRESS, paths.logs())
 
     @property
     def host(self) -> HostSystem:
@@ -157,7 +159,8 @@ class Node:
         )
         serving = authority.issue("kubelet-serving", common_name=NAME, hosts=[f"DNS:{NAME}", f"IP:{ADDRESS}"])
         containerd = plane.daemon("containerd", "--config", str(self._write_containerd()))
-        search = f"{binaries.find('containerd-shim-runc-v2').parent}:{os.environ['PATH']}"
+        # Not the caller's PATH: another shell's would look like another node, and stop this one.
+        search = f"{binaries.find('containerd-shim-runc-v2').parent}:{SEARCH_PATH}"
         return (
             *control,
             plane.daemon(
@@ -234,7 +237,7 @@ state = "{self.folder / "containerd-state"}"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
-        BinaryName = "{shutil.which("runc")}"
+        BinaryName = "{_which("runc")}"
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["{cni_programs}"]
     conf_dir = "{cni}"
@@ -339,14 +342,28 @@ def _which(program: str) -> str | None:
     return shutil.which(program, path=ADMINISTRATORS_PATH)
 
 
+def can_run_here() -> bool:
+    """Whether a node of ours can ever have run here: this is Linux, and we are root."""
+    return os.uname().sysname == "Linux" and os.geteuid() == 0
+
+
 def obstacles() -> list[str]:
     """What keeps a node from running on this machine; empty if nothing does."""
     found = []
     if os.uname().sysname != "Linux":
         found.append(f"the system is {os.uname().sysname}, not Linux")
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+    if os.geteuid() != 0:
         found.append("not run as root")
     missing = missing_packages()
     if missing and shutil.which("apt-get") is None:
         found.append(f"missing programs of the packages {', '.join(missing)}, and no apt-get to install them")
-    return found
+    return found or _foreign_rules()
+
+
+def _foreign_rules() -> list[str]:
+    """What says that another node runs here. Two kube-proxies remove each other's rules, and `down` removes both's."""
+    try:
+        rules = [] if hostsystem.is_used() else hostsystem.rules_left()
+    except ClusterError as error:
+        return [str(error)]
+    return [f"another node or CNI has netfilter rules on this machine: {', '.join(rules[:3])}"] if rules else []

@@ -18,8 +18,6 @@ from devcluster.progress import say, seconds, step
 
 KIND_CLUSTER = "attune"
 TOOLS = ("kubectl", "helm")
-# What the images are made with, besides what the node runs.
-IMAGE_PACKAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
 ROLLOUT_SECONDS = 300
 
 
@@ -147,7 +145,6 @@ def _up_node() -> None:
 def ensure_packages() -> None:
     """Install the Debian packages that the node and its images need and this machine lacks."""
     missing = node.missing_packages()
-    missing += [package for program, package in IMAGE_PACKAGES.items() if shutil.which(program) is None]
     if not missing:
         return
     with step(f"installing Debian's {', '.join(missing)}") as current:
@@ -205,7 +202,8 @@ def load_images(names: list[str]) -> None:
 def down() -> None:
     """Remove the cluster and every trace of it; the cache, with what can be used again, stays."""
     current = Node.default()
-    if current.folder.exists() or hostsystem.groups_left() or hostsystem.rules_left() or hostsystem.node_links():
+    # Without a node's folder only traces that must be ours count: other nodes' rules are none of our business.
+    if current.folder.exists() or (node.can_run_here() and hostsystem.is_used()):
         with step("removing the node: processes, mounts, links, rules, control groups, files"):
             current.stop()
     if (paths.state() / "kind").exists():
@@ -216,6 +214,9 @@ def down() -> None:
                 what="kind delete cluster",
             )
         shutil.rmtree(paths.state() / "kind", ignore_errors=True)
+    if _noted_choice() == "current":
+        say("the cluster is not ours and stays; to remove what was put into it:")
+        say("  helm uninstall attune -n attune-system; kubectl delete -k examples/platform")
     _choice_file().unlink(missing_ok=True)
     if controlplane.default_state().exists():
         return
@@ -234,7 +235,8 @@ def status() -> int:
         say("no cluster: make up starts one")
         return 1
     say(f"cluster: {kind}")
-    say(f"KUBECONFIG={kubeconfig()}")
+    if chosen := kubeconfig():
+        say(f"KUBECONFIG={chosen}")
     say(f"logs: {paths.logs()}")
     if kind == "node":
         identity = Node.default().supervised.identity()
