@@ -54,6 +54,15 @@ def test_an_archive_gives_the_programs_it_holds(site, tmp_path):
     assert (tmp_path / "tool").read_bytes() == PROGRAM
 
 
+@pytest.mark.parametrize("program", binaries.programs(), ids=lambda program: program.tool)
+def test_go_writes_each_program_under_its_name(program, tmp_path):
+    output = binaries.output_path(program, tmp_path)
+    for name, package in program.packages.items():
+        # Into a folder Go writes a program under its package's last name.
+        written = output / package.rpartition("/")[2] if output == tmp_path else output
+        assert written == tmp_path / name
+
+
 def test_a_bare_program_with_a_bare_sum(site, tmp_path):
     served, address = site
     served["/kubectl"] = PROGRAM
