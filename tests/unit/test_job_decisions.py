@@ -262,6 +262,20 @@ def test_evaluation_follows_its_inputs_and_keeps_a_verdict_while_they_are_away()
     assert [type(one) for one in decide_evaluation(newer).actions] == [DeleteJob, EnsureJob, EmitEvent]
 
 
+def test_verdict_on_an_earlier_spec_is_none_on_one_whose_inputs_are_missing() -> None:
+    done = settle(replace(settle(observe("Evaluation")), jobs=(finished(wanted_name("Evaluation"), "Evaluation"),)))  # type: ignore[arg-type]
+    assert isinstance(done, ObservedEvaluation)
+    metadata = done.resource.metadata.model_copy(update={"generation": 2})
+    changed = replace(
+        done,
+        resource=done.resource.model_copy(update={"metadata": metadata}),
+        dataset=ObservedDatasetRef("another", "NotFound"),
+    )
+    # However often it is looked at: what the first pass has written is no verdict either.
+    for world in (changed, enact(changed, decide(changed)), settle(changed)):
+        assert condition(decide(world).status, "Succeeded")[:2] == ("False", "DatasetNotFound")
+
+
 def test_progress_is_taken_over_when_it_says_something_new_and_not_too_often() -> None:
     running = with_job("FineTune", pods=(pod(phase="Running", ip="10.0.0.1"),))
     assert isinstance(running, ObservedFineTune)

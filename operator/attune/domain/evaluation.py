@@ -67,9 +67,8 @@ def decide_evaluation(observed: ObservedEvaluation) -> Plan:
     status = evaluation.status
     blocked = _find_blocked(observed)
     if blocked is not None:
-        if status.verdict is not None and status.observed_generation == evaluation.metadata.generation:
-            return build_plan(evaluation, status, _describe_evaluated(status), observed.now, ())
-        return build_plan(evaluation, status, blocked, observed.now, ())
+        standing = _describe_evaluated(status) if _is_judged(evaluation) else blocked
+        return build_plan(evaluation, status, standing, observed.now, ())
     wanted = build_evaluate_job(observed)
     if status.verdict is not None and is_same_run(status.job_name, wanted.name):
         actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
@@ -81,6 +80,17 @@ def decide_evaluation(observed: ObservedEvaluation) -> Plan:
     if status.verdict is None:
         status = status.model_copy(update={"job_name": wanted.name})
     return build_plan(evaluation, status, course.standing, observed.now, course.actions, course.look_again_seconds)
+
+
+def _is_judged(evaluation: Evaluation) -> bool:
+    """Tells whether the verdict in the status is one on the present spec, and nothing has been asked for since."""
+    succeeded = next((one for one in evaluation.status.conditions if one.type == Evaluation.TERMINAL_CONDITION), None)
+    return (
+        evaluation.status.verdict is not None
+        and succeeded is not None
+        and succeeded.status == "True"
+        and succeeded.observed_generation == evaluation.metadata.generation
+    )
 
 
 def _find_blocked(observed: ObservedEvaluation) -> Standing | None:
