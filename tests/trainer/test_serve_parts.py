@@ -3,9 +3,12 @@
 import asyncio
 import io
 import threading
+import weakref
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -13,8 +16,10 @@ import soxr
 from attune_trainer.failures import InvalidInput
 from attune_trainer.processors import quota_processors, usable_processors
 from attune_trainer.serving import batching
+from attune_trainer.serving.app import Service, build_app
 from attune_trainer.serving.audio import AudioLimits, Samples, UnusableAudioError, decode_audio
 from attune_trainer.serving.batching import Batcher, BatchLimits, OverloadedError, choose_batch
+from attune_trainer.serving.exposition import ServeMetrics
 from attune_trainer.serving.settings import ServeSettings
 
 LIMITS = AudioLimits(max_seconds=20, max_decode_seconds=10)
@@ -172,7 +177,7 @@ class Held:
         return [str(len(one)) for one in samples]
 
 
-def batcher(recognise: Held, **changes: float) -> tuple[Batcher, Recorder]:
+def batcher(recognise: Callable[[list[Samples], str | None], list[str]], **changes: float) -> tuple[Batcher, Recorder]:
     recorder = Recorder()
     queue = Batcher(recognise, lambda seconds: seconds, ThreadPoolExecutor(1), limits(**changes), recorder)
     return queue, recorder
@@ -187,9 +192,9 @@ def test_what_waits_while_the_worker_is_busy_becomes_one_batch() -> None:
         held = Held()
         queue, recorder = batcher(held)
         running = asyncio.create_task(queue.run())
-        first = asyncio.create_task(queue.transcribe(samples(1)))
+        first = queue.transcribe(samples(1))
         await asyncio.to_thread(held.entered.acquire)
-        rest = [asyncio.create_task(queue.transcribe(samples(count))) for count in range(2, 7)]
+        rest = [queue.transcribe(samples(count)) for count in range(2, 7)]
         await recorder.until_waiting(5)
         held.go.set()
         assert await first == "1"
@@ -233,10 +238,9 @@ def test_a_batch_waits_for_what_is_on_its_way_and_for_nothing_else() -> None:
         running = asyncio.create_task(queue.run())
         assert await queue.transcribe(samples(1)) == "1"  # nothing is announced: no hour is waited
         with queue.announce():
-            early = asyncio.create_task(queue.transcribe(samples(2)))
-            await recorder.until_waiting(1)
-            late = asyncio.create_task(queue.transcribe(samples(3)))
+            early = queue.transcribe(samples(2))
             await asyncio.sleep(0)
+            late = queue.transcribe(samples(3))
         assert await asyncio.gather(early, late) == ["2", "3"]
         assert recorder.batches == [1, 2]
         running.cancel()
@@ -250,7 +254,7 @@ def test_one_bad_utterance_fails_alone() -> None:
         queue, recorder = batcher(held)
         running = asyncio.create_task(queue.run())
         with queue.announce():
-            asked = [asyncio.create_task(queue.transcribe(samples(count))) for count in (12, 13, 14)]
+            asked = [queue.transcribe(samples(count)) for count in (12, 13, 14)]
             await recorder.until_waiting(3)
         held.go.set()
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -261,14 +265,76 @@ def test_one_bad_utterance_fails_alone() -> None:
     asyncio.run(scenario())
 
 
+def test_what_a_batch_that_failed_had_in_memory_is_gone_when_its_utterances_are_tried_alone() -> None:
+    class Tensors:
+        pass
+
+    held_by_the_batch: list[weakref.ref[Tensors]] = []
+
+    def recognise(clips: list[Samples], _language: str | None) -> list[str]:
+        if len(clips) > 1:
+            tensors = Tensors()
+            held_by_the_batch.append(weakref.ref(tensors))
+            raise MemoryError
+        return ["freed" if held_by_the_batch[0]() is None else "still there"]
+
+    async def scenario() -> None:
+        queue, _ = batcher(recognise)
+        running = asyncio.create_task(queue.run())
+        assert await asyncio.gather(queue.transcribe(samples(1)), queue.transcribe(samples(2))) == ["freed", "freed"]
+        running.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_the_last_request_to_arrive_is_in_the_batch_that_waited_for_it() -> None:
+    clip = encode(tone(1, 16000), 16000, "WAV").getvalue()
+    form = httpx.Request("POST", "http://server", files={"file": clip}, data={"model": "whisper-1"})
+    body = form.read()
+
+    async def scenario() -> None:
+        held = Held()
+        held.go.set()
+        queue, recorder = batcher(held, max_wait_seconds=3600)
+        settings = ServeSettings.from_environment(ENVIRONMENT)
+        service = Service(settings, ServeMetrics(settings.track, settings.model_id), ThreadPoolExecutor(1))
+        service.batcher = queue
+        running = asyncio.create_task(queue.run())
+        late_uploads, early_waits = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            late_uploads.set()
+            yield body[:100]
+            await early_waits.wait()
+            yield body[100:]
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(build_app(service))) as client:
+
+            def send(content: bytes | AsyncIterator[bytes]) -> "asyncio.Task[httpx.Response]":
+                url = "http://server/v1/audio/transcriptions"
+                headers = {"content-type": form.headers["content-type"]}
+                return asyncio.create_task(client.post(url, content=content, headers=headers))
+
+            late = send(slowly())
+            await late_uploads.wait()
+            early = send(body)
+            await recorder.until_waiting(1)
+            early_waits.set()
+            assert [response.json() for response in await asyncio.gather(early, late)] == [{"text": "16000"}] * 2
+        assert recorder.batches == [2]
+        running.cancel()
+
+    asyncio.run(scenario())
+
+
 def test_more_than_the_queue_holds_is_refused_with_a_time_to_come_back() -> None:
     async def scenario() -> None:
         held = Held()
         queue, recorder = batcher(held, max_waiting_seconds=2.0, max_requests=3)
         running = asyncio.create_task(queue.run())
-        first = asyncio.create_task(queue.transcribe(samples(16000)))
+        first = queue.transcribe(samples(16000))
         await asyncio.to_thread(held.entered.acquire)
-        second = asyncio.create_task(queue.transcribe(samples(16000)))
+        second = queue.transcribe(samples(16000))
         await recorder.until_waiting(1)
         with pytest.raises(OverloadedError) as full:
             await queue.transcribe(samples(16001))
@@ -289,9 +355,9 @@ def test_a_client_that_gives_up_leaves_the_queue() -> None:
         held = Held()
         queue, recorder = batcher(held)
         running = asyncio.create_task(queue.run())
-        first = asyncio.create_task(queue.transcribe(samples(1)))
+        first = queue.transcribe(samples(1))
         await asyncio.to_thread(held.entered.acquire)
-        gone = asyncio.create_task(queue.transcribe(samples(2)))
+        gone = queue.transcribe(samples(2))
         await recorder.until_waiting(1)
         gone.cancel()
         await asyncio.wait({gone})

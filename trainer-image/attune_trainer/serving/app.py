@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -298,8 +298,10 @@ async def _transcribe(service: Service, request: Request) -> Response:
                 samples = await _decode(service, asked.file)
             finally:
                 await form.close()
-        background = request.headers.get(PRIORITY_HEADER) == BACKGROUND
-        text = await _unless_gone(request, batcher.transcribe(samples, asked.language, background=background))
+            background = request.headers.get(PRIORITY_HEADER) == BACKGROUND
+            # In the queue before it is no longer on its way, or the batch that waits for it would leave without it.
+            answer = batcher.transcribe(samples, asked.language, background=background)
+        text = await _unless_gone(request, answer)
     match asked.response_format:
         case ResponseFormat.TEXT:
             return PlainTextResponse(f"{text}\n")
@@ -355,13 +357,12 @@ async def _decode(service: Service, upload: UploadFile) -> Samples:
         raise ApiError(400, error.code, error.message, param="file") from error
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Answer]) -> _Answer:
-    """Awaits the work, and drops it when the client goes away meanwhile.
+async def _unless_gone(request: Request, answer: asyncio.Future[_Answer]) -> _Answer:
+    """Awaits the answer, and cancels it when the client goes away meanwhile.
 
     Raises:
         ClientDisconnect: the client went away.
     """
-    answer = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

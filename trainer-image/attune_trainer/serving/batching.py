@@ -148,8 +148,12 @@ class Batcher:
             self._on_their_way -= 1
             self._changed.set()
 
-    async def transcribe(self, samples: Samples, language: str | None = None, *, background: bool = False) -> str:
-        """Puts an utterance in the queue and returns its text. Cancelling the call takes it out again.
+    def transcribe(
+        self, samples: Samples, language: str | None = None, *, background: bool = False
+    ) -> asyncio.Future[str]:
+        """Puts an utterance in the queue at once and gives its text to come. To cancel that takes it out again.
+
+        The future fails with what the recogniser raised for this utterance alone.
 
         Args:
             samples: float32 at 16 kHz.
@@ -158,7 +162,6 @@ class Batcher:
 
         Raises:
             OverloadedError: when the queue already holds max_waiting_seconds of audio.
-            Exception: what the recogniser raised for this utterance alone.
         """
         item = Waiting(samples, language, asyncio.get_running_loop().create_future(), background)
         queued = sum(other.seconds for other in self._queue)
@@ -167,12 +170,13 @@ class Batcher:
         self._queue.append(item)
         self._report_queue()
         self._changed.set()
-        try:
-            return await item.text
-        finally:
-            if item in self._queue:
-                self._queue.remove(item)
-                self._report_queue()
+        item.text.add_done_callback(lambda _: self._leave(item))
+        return item.text
+
+    def _leave(self, item: Waiting) -> None:
+        if item in self._queue:
+            self._queue.remove(item)
+            self._report_queue()
 
     async def run(self) -> None:
         """Transcribes batches until cancelled."""
@@ -221,12 +225,15 @@ class Batcher:
             if len(batch) == 1:
                 _settle(batch[0], error)
                 return
-            # One bad utterance, or too little memory for so many: alone, each gets its own answer.
-            for item in batch:
-                await self._transcribe_batch([item])
+        else:
+            for item, text in zip(batch, texts, strict=True):
+                _settle(item, text)
             return
-        for item, text in zip(batch, texts, strict=True):
-            _settle(item, text)
+        # One bad utterance, or too little memory for so many: alone, each gets its own answer. The exception is gone by
+        # now, and with it the tensors that its traceback holds.
+        for item in batch:
+            if not item.text.done():
+                await self._transcribe_batch([item])
 
     async def _recognise(self, batch: list[Waiting]) -> list[str]:
         started = monotonic()
