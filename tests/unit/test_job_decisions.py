@@ -120,6 +120,13 @@ def failure(code: int, reason: str = "TooSmallToSplit", **fields: Any) -> dict[s
             "one release",
             id="a result that cannot be understood is no result",
         ),
+        pytest.param(
+            {"complete": True, "pods": (pod(phase="Succeeded", exit_code=0),)},
+            "ResultUnreadable",
+            True,
+            "one release",
+            id="a pod that ended well and said nothing would say nothing the next time either",
+        ),
         pytest.param({"complete": True}, "ResultLost", False, "runs again", id="a result that was lost is asked for"),
     ],
 )

@@ -292,7 +292,7 @@ def _decide_failed(
 def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording) -> Course:
     """Reads the result; where its pod has gone before it was read, the Job runs again and says it again."""
     pod = next((one for one in job.pods if one.phase == "Succeeded"), None)
-    if pod is None or pod.termination_message is None:
+    if pod is None:
         lost = Standing(
             words.pending,
             "Pending",
@@ -302,7 +302,7 @@ def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording) -> Cou
             warning=True,
         )
         return Course((DeleteJob(job.name),), lost, look_again_seconds=1)
-    summary = parse_summary(pod.termination_message)
+    summary = parse_summary(pod.termination_message) if pod.termination_message else None
     if summary is None or summary.result is None or summary.result.recipe != wanted.spec.recipe.recipe:
         unreadable = Standing(
             "False",
