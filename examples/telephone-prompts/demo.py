@@ -3,7 +3,7 @@
 Every stage uses what a person would: kubectl, helm, the manifests beside this file. It ends with a table and exits
 non-zero when an ending differs from what it should be.
 
-python examples/telephone-prompts/demo.py [--skip-up] [--record FILE]
+python examples/telephone-prompts/demo.py [--skip-up] [--values FILE] [--record FILE]
 """
 
 from __future__ import annotations
@@ -186,6 +186,17 @@ def describe_rollout(resource: Resource) -> str:
     return text
 
 
+def remove_canary() -> None:
+    """Removes the Canary of an earlier run: it serves the tuned model, and the story begins with the base."""
+    if not kubectl("get", "canary", "prod-voice", "-n", NAMESPACE, "--ignore-not-found", "-o", "name"):
+        return
+    say("removing the Canary of an earlier run")
+    kubectl("delete", "canary", "prod-voice", "-n", NAMESPACE)
+    # What it owned goes after it, and the new one needs the names.
+    arms = [f"{kind}/prod-voice-{track}" for kind in ("deployment", "service") for track in ("stable", "canary")]
+    kubectl("wait", "--for=delete", "--timeout=120s", "-n", NAMESPACE, "httproute/prod-voice", *arms)
+
+
 def roll_out(record: Record, title: str, model: dict[str, Any], *, outcome: str) -> None:
     """Changes spec.model and follows the rollout to its end."""
     with record.stage(title) as row:
@@ -278,12 +289,13 @@ def play(record: Record, options: argparse.Namespace) -> None:
                 raise ClusterError("the cluster did not come up; see above")
         load_cluster_environment()
     with record.stage("operator", shows=False):
-        install_operator(HERE / "operator-values.yaml")
+        install_operator(options.values.resolve())
     with record.stage("data and base model", shows=False), ExitStack() as stack:
         thread.join()
         if "error" in assets:
             raise assets["error"]
         apply(MANIFESTS / "00-namespace.yaml")
+        remove_canary()
         stack.enter_context(store_on_loopback(NAMESPACE))
         upload("make_data.py", DATA_PREFIX)
         upload("get_model.py", BASE_PREFIX)
@@ -340,6 +352,9 @@ def main() -> int:
     """Plays the story and says how it ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-up", action="store_true", help="the cluster, its platform and the images are there")
+    parser.add_argument(
+        "--values", type=Path, default=HERE / "operator-values.yaml", help="the chart's values, with the images' names"
+    )
     parser.add_argument(
         "--record", type=Path, default=REPOSITORY / ".state" / "demo.json", help="where to write what was seen"
     )
