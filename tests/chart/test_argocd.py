@@ -150,3 +150,10 @@ def test_applications_ask_for_no_ignored_differences_and_point_into_the_reposito
     for one in applications:
         assert "ignoreDifferences" not in one["spec"]
         assert (ROOT / one["spec"]["source"]["path"]).is_dir()
+
+
+def test_argo_never_prunes_the_crds() -> None:
+    operator = next(yaml.safe_load_all((ARGOCD / "applications.yaml").read_text()))
+    assert operator["spec"]["syncPolicy"]["automated"]["prune"] is True
+    annotations = operator["spec"]["source"]["helm"]["valuesObject"]["crds"]["annotations"]
+    assert annotations == {"argocd.argoproj.io/sync-options": "Prune=false"}

@@ -215,6 +215,16 @@ def test_probes_metrics_service_and_selectors_meet(helm: Helm) -> None:
     assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
 
 
+def test_whoever_may_read_metrics_the_test_pod_may_ask_whether_the_operator_is_ready(helm: Helm) -> None:
+    rendered = helm.render(EVERYTHING, tests=True)
+    labels = rendered.one("Pod")["metadata"]["labels"]
+    (rule,) = rendered.one("NetworkPolicy")["spec"]["ingress"]
+    given, own = rule["from"]
+    assert [given] == EVERYTHING["networkPolicy"]["metricsFrom"]
+    assert own["podSelector"]["matchLabels"].items() <= labels.items()
+    assert "from" not in helm.render({"networkPolicy": {"enabled": True}}).one("NetworkPolicy")["spec"]["ingress"][0]
+
+
 def test_a_digest_goes_before_a_tag(helm: Helm) -> None:
     digest = f"sha256:{'a' * 64}"
     image = {"repository": "registry.example.com/attune", "tag": "x", "digest": digest}
