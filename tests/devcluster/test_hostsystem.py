@@ -1,22 +1,13 @@
 """What the end of the node takes away from the machine, and what it leaves alone; in a network namespace of its own."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 
-from devcluster import hostsystem
+from devcluster import hostsystem, up
 from devcluster.paths import REPOSITORY
-
-NEEDED = ("unshare", "nft", "iptables", "ip")
-
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or any(shutil.which(program) is None for program in NEEDED),
-    reason=f"needs root and {', '.join(NEEDED)}",
-)
 
 # As the portmap plugin writes them for a pod with a published port.
 PUBLISHED_PORT = """
@@ -49,6 +40,12 @@ print(json.dumps([before, left, ruleset]))
 """
 
 
+@pytest.fixture(scope="module")
+def tools() -> None:
+    """What the node needs of Debian: nft and iptables may not be there yet."""
+    up.ensure_packages()
+
+
 def in_own_network(*parts: str) -> tuple[list[str], list[str], str]:
     """Run shell commands and then the cleaning; what was ours before, what was after, and the rules that are left."""
     script = "set -e\n" + "\n".join(parts) + f"\n{sys.executable} -c '{CLEAN}'"
@@ -59,14 +56,16 @@ def in_own_network(*parts: str) -> tuple[list[str], list[str], str]:
     return before, left, ruleset
 
 
-def test_every_rule_of_the_node_goes_and_the_tables_that_it_made():
+@pytest.mark.node
+def test_every_rule_of_the_node_goes_and_the_tables_that_it_made(tools):
     before, left, ruleset = in_own_network(PUBLISHED_PORT)
     assert len(before) == 5
     assert left == []
     assert ruleset == ""
 
 
-def test_rules_of_others_stay_as_they_were():
+@pytest.mark.node
+def test_rules_of_others_stay_as_they_were(tools):
     _before, _left, expected = in_own_network(SOMEBODY_ELSES)
     before, left, ruleset = in_own_network(SOMEBODY_ELSES, PUBLISHED_PORT)
     assert before != []
@@ -81,7 +80,8 @@ def remembered(ruleset: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("type nat hook", "chain", "}", "#"))]
 
 
-def test_a_machine_without_rules_stays_so():
+@pytest.mark.node
+def test_a_machine_without_rules_stays_so(tools):
     assert in_own_network("true") == ([], [], "")
 
 
