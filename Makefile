@@ -56,7 +56,7 @@ bench: setup ## make bench NAME=finetune-speed | false-rollback | operator-rest 
 generate: setup ## CRDs, the chart's copy and the API reference, from operator/attune/api
 	@$(RUN)/python -m attune.crdgen
 
-lock: ## compiles the locked requirements anew
+lock: setup ## compiles the locked requirements anew
 	@./tools/lock
 
 clean: ## the environment and local caches of linters
