@@ -312,6 +312,9 @@ def test_unknown_holds_and_is_rolled_back_only_after_its_timeout(world: World) -
         assert world.route.canary_weight == 25
     assert world.canary.status.analysis is not None
     assert world.canary.status.analysis.verdict == "Unknown"
+    assert world.ready == ("Unknown", "PrometheusUnavailable")
+    assert "connection refused" in world.canary.status.conditions[0].message
+    assert [one.type for one in world.events if one.reason == "PrometheusUnavailable"] == ["Warning"]
     world.advance(20)
     world.reconcile()
     assert world.ready == ("False", "NoData")
@@ -417,6 +420,58 @@ def test_suspend_holds_everything_and_the_clock_starts_anew_afterwards(world: Wo
     assert world.canary.status.rollout is not None
 
 
+def _prepare(world: World) -> None:
+    """A rollout whose pods have become ready, unseen as yet."""
+    world.set_model("tuned")
+    world.reconcile()
+    for _ in range(3):
+        world.run_controllers()
+        world.reconcile(crash_after=0)
+
+
+def test_pods_that_became_ready_while_the_operator_was_away_are_in_time(world: World) -> None:
+    _prepare(world)
+    world.advance(100_000)
+    world.reconcile()
+    assert world.weights[-1] == 5
+    assert world.canary.status.history == []
+
+
+def test_the_time_to_start_begins_anew_after_a_suspension(world: World) -> None:
+    world.set_model("tuned")
+    world.reconcile()
+    world.set_spec(suspend=True)
+    world.reconcile()
+    world.advance(100_000)
+    world.set_spec(suspend=False)
+    world.settle()
+    assert [one.outcome for one in world.canary.status.history] == [Outcome.PROMOTED]
+
+
+def test_a_pass_that_is_seen_late_counts(world: World) -> None:
+    """The operator was away for longer than a step may last; the evidence came in all the same."""
+    world.set_model("tuned")
+    world.until("Progressing", 25)
+    world.advance(100_000)
+    world.reconcile()
+    assert world.weights[-1] == 50
+
+
+def test_an_arm_that_the_gateway_may_still_send_requests_to_keeps_its_model(world: World) -> None:
+    world.set_model("tuned")
+    world.until("Progressing", 25)
+    world.set_model("bad")
+    world.reconcile()
+    seen = world.observe()
+    assert seen.route is not None
+    assert seen.route.canary_weight == 0
+    late = replace(seen, route=replace(seen.route, settled=False))
+    for observed, arms in ((late, {Track.STABLE}), (seen, {Track.STABLE, Track.CANARY})):
+        plan = decide_canary(observed)
+        assert {one.track for one in plan.actions if isinstance(one, EnsureArm)} == arms
+        assert plan.look_again_seconds is not None
+
+
 # --- What is referred to ---
 
 
@@ -481,6 +536,15 @@ def test_a_model_that_cannot_be_told_holds_a_rollout_and_a_fail_still_counts(wor
     assert world.route is not None
     assert world.route.canary_weight == 0
     assert world.canary.status.history[0].outcome is Outcome.ROLLED_BACK
+
+
+def test_a_model_that_can_no_longer_be_told_gets_no_first_request(world: World) -> None:
+    _prepare(world)
+    world.set_spec(model={"fineTuneRef": {"name": "nobody"}})
+    world.reconcile()
+    assert world.ready == ("Unknown", "FineTuneNotFound")
+    assert "correct the reference" in world.canary.status.conditions[0].message
+    assert set(world.weights) == {0}
 
 
 def test_a_broken_stable_is_replaced_without_a_trial(world: World) -> None:

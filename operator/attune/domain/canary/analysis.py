@@ -35,12 +35,16 @@ def judge_rollout(o: ObservedCanary, record: RolloutRecord) -> Judgement:
 
 
 def find_failure(
-    o: ObservedCanary, record: RolloutRecord, trial: ObservedArm | None, judgement: Judgement
+    o: ObservedCanary, record: RolloutRecord, trial: ObservedArm | None, judgement: Judgement, *, decided: bool
 ) -> Problem | None:
-    """Says why the rollout must end; None when it may go on."""
+    """Says why the rollout must end; None when it may go on.
+
+    decided: the next step may begin. However late that is seen, since the operator may have been away, no time has run
+    out then.
+    """
     if judgement.verdict is AnalysisVerdict.FAIL:
         return Problem(judgement.reason, judgement.message)
-    return _find_pod_failure(o, record, trial) or _find_timeout(o, record, judgement)
+    return _find_pod_failure(o, record, trial) or (None if decided else _find_timeout(o, record, judgement))
 
 
 def _find_pod_failure(o: ObservedCanary, record: RolloutRecord, trial: ObservedArm | None) -> Problem | None:
@@ -48,14 +52,18 @@ def _find_pod_failure(o: ObservedCanary, record: RolloutRecord, trial: ObservedA
     if ailment is not None and ailment.fatal:
         return Problem(ailment.reason, f"the canary's pods do not serve: {ailment.message}")
     deadline = o.spec.progress_deadline_seconds
-    late = trial is not None and trial.deadline_exceeded and not trial.rolled_out
+    if trial is not None and trial.rolled_out:
+        # Late or not: the operator may have been away, or suspended, while they became ready.
+        return None
+    late = trial is not None and trial.deadline_exceeded
+    waited = (o.now - parse_time(record.step_started)).total_seconds()
     if record.step is None:
         # The Deployment's own deadline may never come: for a pod that quota forbids, or while its controller is away.
-        late = late or (o.now - parse_time(record.started)).total_seconds() > 2 * deadline
+        late = late or waited > 2 * deadline
     elif trial is None or trial.ready == 0:
         # Its weight has been taken away, and the step's clock began anew with that.
         waits = o.route is not None and o.route.canary_weight == 0
-        late = late or (waits and (o.now - parse_time(record.step_started)).total_seconds() > deadline)
+        late = late or (waits and waited > deadline)
     if not late:
         return None
     why = f": {ailment.message}" if ailment is not None else ""

@@ -38,18 +38,19 @@ def continue_rollout(
         return rest(o, describe_problem(o, blocked or Problem(CANARY_NOT_READY, "the canary arm is gone")), record)
     trial = o.trial if o.trial is not None and o.trial.model.revision == model.revision else None
     judgement = judge_rollout(o, record)
-    failure = find_failure(o, record, trial, judgement)
+    decided = blocked is None and trial is not None and may_go_on(o, record, trial, judgement)
+    failure = find_failure(o, record, trial, judgement, decided=decided)
     if failure is not None:
         return roll_back(o, record, failure, judgement)
     if record.step is None:
         if trial is None or not trial.rolled_out or blocked is not None:
-            return _prepare(o, record, model)
+            return _prepare(o, record, model, blocked)
         return _advance(o, record, model, 0, judgement)
     weight = compute_weight(o.spec.steps, record.step)
     at_weight = o.route is not None and o.route.canary_weight > 0
     if trial is None or not (trial.rolled_out or (at_weight and trial.ready > 0)):
         return _await_capacity(o, record, model, judgement, since_now=at_weight)
-    if blocked is None and may_go_on(o, record, trial, judgement):
+    if decided:
         following = record.step + 1
         if following < len(o.spec.steps):
             return _advance(o, record, model, following, judgement)
@@ -57,9 +58,9 @@ def continue_rollout(
     return _hold(o, record, model, weight, judgement, blocked)
 
 
-def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel) -> Next:
+def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel, blocked: Problem | None = None) -> Next:
     """Brings the canary arm up; no request reaches it yet."""
-    moved = o.route is not None and o.route.canary_weight == 0
+    moved = o.route is not None and o.route.canary_weight == 0 and o.route.settled
     actions: list[CanaryAction] = [ensure_stable(o), EnsureRoute(100, 0, record, "the canary arm is prepared")]
     # An arm that still gets requests must not change its model under them.
     if o.trial is None or moved or o.trial.model.revision == target.revision:
@@ -67,13 +68,15 @@ def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel) -> Next
     actions += [DeleteJob(job.name) for job in o.scorers if job.name != name_scorer(o, record) and not job.deleting]
     ailment = o.trial.problem if o.trial is not None and o.trial.model.revision == target.revision else None
     why = f": {ailment.message}" if ailment is not None else ""
+    starts = f"model {target.model_id} starts; it gets requests when all of its pods are ready{why}"
+    held = f"model {target.model_id} gets no requests: {blocked.message}" if blocked is not None else starts
     standing = Standing(
         "True" if o.stable_ready else "False",
         Phase.PROGRESSING,
-        ROLLOUT_PROGRESSING,
-        f"model {target.model_id} starts; it gets requests when all of its pods are ready{why}",
+        blocked.reason if blocked is not None else ROLLOUT_PROGRESSING,
+        held,
         working=True,
-        warning=ailment is not None,
+        warning=ailment is not None or (blocked is not None and not blocked.waits),
     )
     waiting = Judgement(AnalysisVerdict.UNKNOWN, NO_DATA, "the canary is not ready yet; nothing has been compared")
     return Next(tuple(actions), standing, 0, record, waiting, SOON_SECONDS if not moved else WAIT_SECONDS)
@@ -98,15 +101,15 @@ def _hold(
     pausing = steps[index].pause is not None
     where = f"model {model.model_id} gets {weight} % of requests (step {index + 1} of {len(steps)})"
     said = blocked.message if blocked is not None else judgement.message
-    too_small = judgement.golden_needed is not None
-    reason = blocked.reason if blocked is not None else GOLDEN_SET_TOO_SMALL if too_small else ROLLOUT_PROGRESSING
+    trouble = _find_trouble(judgement)
+    reason = blocked.reason if blocked is not None else trouble or ROLLOUT_PROGRESSING
     standing = Standing(
         "True" if o.stable_ready or weight > 0 else "False",
         Phase.PAUSED if pausing else Phase.PROGRESSING,
         reason,
         f"{where}: {said}",
         working=True,
-        warning=too_small or (blocked is not None and not blocked.waits),
+        warning=trouble is not None or (blocked is not None and not blocked.waits),
     )
     actions: list[CanaryAction] = [
         ensure_stable(o),
@@ -116,6 +119,14 @@ def _hold(
     ]
     actions += [DeleteJob(job.name) for job in o.scorers if job.name != name_scorer(o, record) and not job.deleting]
     return Next(tuple(actions), standing, weight, record, judgement, float(o.spec.analysis.interval_seconds))
+
+
+def _find_trouble(judgement: Judgement) -> str | None:
+    """Names what keeps the analysis from ever deciding, unless somebody helps; None while evidence may still come."""
+    if judgement.golden_needed is not None:
+        return GOLDEN_SET_TOO_SMALL
+    # That nobody has scored anything yet is how every rollout begins.
+    return judgement.reason if judgement.verdict is AnalysisVerdict.UNKNOWN and judgement.reason != NO_DATA else None
 
 
 def _await_capacity(
