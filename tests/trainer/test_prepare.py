@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import soundfile
 from attune.contract.exitcode import ExitCode
-from attune.contract.job import DatasetInput, JobSpec, Owner, PrepareRecipe, Split
+from attune.contract.job import DatasetInput, JobSpec, Owner, PrepareRecipe, PrepareSource, SourceFormat, Split
 from attune.contract.result import PrepareResult
 from attune_trainer.data.dataset import fetch_audio, load_manifest, load_split, read_audio
+from attune_trainer.data.rejections import RejectedLine
+from attune_trainer.data.sources import ListedUtterance, open_source, read_text
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.job import RecipeContext
 from attune_trainer.progress import ProgressReporter
 from attune_trainer.recipes import prepare
-from attune_trainer.store import Store
+from attune_trainer.store import Store, StoredObject
 
 from .conftest import S3Server
 
@@ -156,7 +158,10 @@ BAD_LINES: list[tuple[str, Any, dict[str, bytes]]] = [
     ("AudioSilent", line(1, audio="bad.wav"), {"bad.wav": wav(tone() * 0)}),
     ("TooShort", line(1, audio="bad.wav"), {"bad.wav": wav(tone(0.05))}),
     ("TooLong", line(1, audio="bad.wav"), {"bad.wav": wav(tone(30.5))}),
+    ("NotUtf8", r'{"audio": "a/1.wav", "text": "x", "speaker": "\ud800"}', {}),
     ("Duplicate", line(1, speaker="s5"), {}),
+    ("Duplicate", line(1, text="Sentence number 1.", speaker="s5"), {}),
+    ("TextsDiffer", line(1, text="something else", speaker="s5"), {}),
 ]
 
 
@@ -268,6 +273,15 @@ def test_a_directory_takes_folders_for_speakers(
     for one in train[:4]:
         assert one.seconds == pytest.approx(0.6, abs=0.06)  # MP3 pads
         assert read_audio(s3_store, one, tmp_path / "cache").size == round(one.seconds * 16000)
+
+
+def test_a_key_that_looks_like_an_address_is_read_from_its_own_bucket(s3_store: Store, key_prefix: str) -> None:
+    elsewhere = s3_store.write_bytes(f"{key_prefix}/secret.txt", b"not theirs")
+    opened = open_source(0, PrepareSource(uri="s3://attune", format=SourceFormat.DIRECTORY), s3_store)
+    audio, sidecar = (StoredObject("attune", f"{elsewhere[:-4]}{suffix}", 10) for suffix in (".wav", ".txt"))
+    listed = ListedUtterance(0, 1, "1", audio, None, sidecar, speaker="s", group="s")
+    with pytest.raises(RejectedLine, match="LacksText"):
+        read_text(opened, listed)
 
 
 def test_groups_divide_where_there_is_one_speaker(s3_store: Store, key_prefix: str, make_context: MakeContext) -> None:

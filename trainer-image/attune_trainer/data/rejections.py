@@ -9,7 +9,7 @@ _EXAMPLES = 3
 _PLACE_CHARACTERS = 128
 _LISTED = 10_000
 
-# Left out on purpose: the Filter step's bounds, the same utterance twice, a sentence that belongs to another split.
+# Left out on purpose: the Filter step's bounds, the same recording twice, a sentence that belongs to another split.
 TOO_SHORT = "TooShort"
 TOO_LONG = "TooLong"
 DUPLICATE = "Duplicate"

@@ -100,7 +100,7 @@ def _list_manifest(
     entry = objects.get(_relative_name(name) or "")
     if entry is None:
         raise NotFound("ManifestNotFound", f"there is no {name} below {opened.uri}; upload it or correct its name")
-    raw = opened.store.read_bytes(entry.key)
+    raw = opened.store.read_bytes(entry.uri)
     lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not any(line.strip() for line in lines):
         raise NotFound("SourceEmpty", f"{name} below {opened.uri} lists nothing")
@@ -148,10 +148,7 @@ def _text_field(fields: dict[str, Any], name: str, reason: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
         raise RejectedLine(reason)
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, escaped in JSON: no file can hold it
-        raise RejectedLine("NotUtf8") from None
+    _check_writable(value)
     return " ".join(value.split()) if name == "text" else value
 
 
@@ -163,7 +160,15 @@ def _label_field(fields: dict[str, Any], name: str) -> str:
         value = str(value)  # speaker numbers are often written as numbers
     if not isinstance(value, str) or len(value) > _LABEL_CHARACTERS:
         raise RejectedLine("LabelNotText")
+    _check_writable(value)
     return value.strip()
+
+
+def _check_writable(value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, escaped in JSON: no file can hold it
+        raise RejectedLine("NotUtf8") from None
 
 
 def _relative_name(name: str) -> str | None:
@@ -203,7 +208,7 @@ def read_text(opened: OpenSource, listed: ListedUtterance) -> str:
     if listed.sidecar is None:
         return listed.text or ""
     try:
-        text = opened.store.read_bytes(listed.sidecar.key).decode("utf-8-sig").strip()
+        text = opened.store.read_bytes(listed.sidecar.uri).decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise RejectedLine("NotUtf8") from None
     except NotFound:

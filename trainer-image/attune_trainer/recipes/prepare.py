@@ -143,7 +143,7 @@ def _prepare_one(
         raise RejectedLine("AudioEmpty")
     path = scratch / f"{listed.source}-{listed.number}"
     try:
-        source.store.download_file(listed.audio.key, path)
+        source.store.download_file(listed.audio.uri, path)
         samples = decode_audio(path, SAMPLE_RATE, float(recipe.min_seconds), float(recipe.max_seconds))
     except NotFound:  # gone since the listing
         raise RejectedLine("AudioNotFound") from None
@@ -168,13 +168,16 @@ def _prepare_one(
 
 
 def _without_duplicates(prepared: Iterable[_Prepared], rejections: Rejections) -> Iterator[_Prepared]:
-    seen: set[str] = set()
+    """Keeps the first of what has the same samples: twice, it would count twice, or be heard in two splits."""
+    sentences: dict[str, str] = {}
     for one in prepared:
-        if one.utterance.id in seen:
-            rejections.add(DUPLICATE, one.listed.source, one.listed.number, one.listed.place)
+        digest = one.utterance.audio_digest
+        if digest not in sentences:
+            sentences[digest] = one.sentence
+            yield one
             continue
-        seen.add(one.utterance.id)
-        yield one
+        reason = DUPLICATE if sentences[digest] == one.sentence else "TextsDiffer"
+        rejections.add(reason, one.listed.source, one.listed.number, one.listed.place)
 
 
 def _check_rejected(recipe: PrepareRecipe, rejections: Rejections, in_all: int, left: int) -> None:
