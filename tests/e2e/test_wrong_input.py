@@ -37,7 +37,10 @@ MISTAKES = (
         "absent.jsonl",
     ),
     dataset(
-        "too-small", 's3: {uri: "s3://attune/e2e/tiny/"}, format: Manifest, manifest: t.jsonl', "TooSmallToSplit", ""
+        "too-small",
+        's3: {uri: "s3://attune/e2e/tiny/"}, format: Manifest, manifest: t.jsonl',
+        "TooSmallToSplit",
+        "add recordings of more speakers",
     ),
     dataset(
         "bad-lines", 's3: {uri: "s3://attune/e2e/bad/"}, format: Manifest, manifest: t.jsonl', "TooManyRejected", "3"
@@ -47,7 +50,7 @@ MISTAKES = (
         's3: {uri: "s3://attune/e2e/new-voices/", credentialsSecretRef: {name: wrong-keys}}, '
         "format: Manifest, manifest: transcripts.jsonl",
         "WrongCredentials",
-        "",
+        "correct the Secret",
     ),
     Mistake(
         "FineTune",
@@ -57,10 +60,6 @@ MISTAKES = (
         "empty",
     ),
 )
-
-
-def explain(resource: client.Resource) -> str:
-    return client.explain(resource)
 
 
 def terminal(resource: client.Resource) -> client.Resource:
@@ -88,7 +87,7 @@ def test_wrong_input_says_what_to_change(namespace: str) -> None:
             mistake.name,
             namespace,
             until=lambda resource, wanted=mistake.reason: terminal(resource).get("reason") == wanted,  # type: ignore[misc]
-            describe=explain,
+            describe=client.explain,
             seconds=240,
         )
         assert terminal(found)["status"] == "False"
@@ -111,7 +110,7 @@ def test_secret_that_comes_late_is_waited_for(namespace: str) -> None:
         "late",
         namespace,
         until=lambda resource: terminal(resource).get("reason") == "SecretNotFound",
-        describe=explain,
+        describe=client.explain,
         seconds=120,
     )
     assert "late" in terminal(waiting)["message"]
@@ -125,6 +124,6 @@ def test_secret_that_comes_late_is_waited_for(namespace: str) -> None:
         "late",
         namespace,
         until=lambda resource: terminal(resource).get("status") == "True",
-        describe=explain,
+        describe=client.explain,
         seconds=240,
     )
