@@ -19,7 +19,7 @@ from attune.domain.jobs import Standing
 from attune.errors import AlreadyExists, AttuneError, Conflict, NotOurs, NotServed, Refused, Unavailable
 from attune.reconcile.act import act
 from attune.reconcile.dispatch import RECONCILERS
-from attune.reconcile.observe import parse_resource
+from attune.reconcile.observe import parse_resource, parse_status
 from attune.reconcile.queue import Key
 from attune.reconcile.references import find_references
 from attune.settings import Settings
@@ -66,7 +66,12 @@ def reconcile(
             # Nothing outside the cluster needs cleaning, and the garbage collector takes the children.
             note_references(frozenset())
             return Outcome("gone")
-        resource = parse_resource(RECONCILERS[key.kind].model, body)
+        try:
+            resource = parse_resource(RECONCILERS[key.kind].model, body)
+        except ValidationError as error:
+            places = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()})[:5])
+            _show(cluster, settings, key, body, "InvalidSpec", f"the spec does not fit this operator at {places}", now)
+            return Outcome("error", error="InvalidSpec")
         note_references(find_references(resource))
         return _reconcile_resource(cluster, settings, resource, now)
     except Conflict as conflict:
@@ -78,10 +83,6 @@ def reconcile(
         reason = type(error).__name__
         _show(cluster, settings, key, body, reason, str(error), now)
         return Outcome("error", _backoff(failures, _FIRST_DELAY), error=reason)
-    except ValidationError as error:
-        places = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()})[:5])
-        _show(cluster, settings, key, body, "InvalidSpec", f"the spec does not fit this operator at {places}", now)
-        return Outcome("error", error="InvalidSpec")
     except AttuneError:
         raise
     except Exception as error:  # noqa: BLE001 (a defect in the operator must not stop it)
@@ -124,16 +125,10 @@ def _show(
     if body is None:
         _log.warning("cannot go on", extra={"object": f"{key.kind}/{key.name}", "reason": reason, "error": message})
         return
-    reconciler = RECONCILERS[key.kind]
-    try:
-        resource = parse_resource(reconciler.model, body)
-        status = resource.status
-    except ValidationError:
-        fields = body.get("status") or {}
-        kept = Status.model_validate({"conditions": fields.get("conditions") or []})
-        metadata = Metadata.model_validate(body["metadata"])
-        # The spec cannot be understood; what is written needs none.
-        resource, status = reconciler.model.model_construct(metadata=metadata, status=kept), kept
+    model = RECONCILERS[key.kind].model
+    # The spec may be what cannot be understood; what is written needs none.
+    status = parse_status(model, body)
+    resource = model.model_construct(metadata=Metadata.model_validate(body["metadata"]), status=status)
     terminal, generation = resource.TERMINAL_CONDITION, resource.metadata.generation
     phase = Phase.DEGRADED if key.kind == Canary.KIND else "Failed"
     standing = Standing("False", phase, reason, message, stalled=True)

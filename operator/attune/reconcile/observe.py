@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from attune.adapters.cluster import CONFIG_MAP, CUSTOM, JOB, POD, Cluster, Object, is_owned_by
 from attune.adapters.progress import read_progress
 from attune.api import Dataset, Evaluation, FineTune
-from attune.api.meta import Condition, Resource
+from attune.api.meta import Condition, Resource, Status
 from attune.contract.job import ModelInput
 from attune.domain.conditions import STALLED
 from attune.domain.dataset import ObservedDataset
@@ -111,12 +111,16 @@ def parse_resource(model: type[_R], body: Object) -> _R:
     Raises:
         ValidationError: when the spec does not fit.
     """
+    return model.model_validate({**body, "status": parse_status(model, body)})
+
+
+def parse_status(model: type[Resource], body: Object) -> Status:
+    """Makes a model of an object's status, whatever its spec is; one that this release cannot read counts as none."""
+    kind: type[Status] = type(model.model_fields["status"].default)
     try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        if all(one["loc"][:1] == ("status",) for one in error.errors()):
-            return model.model_validate({**body, "status": {}})
-        raise
+        return kind.model_validate(body.get("status") or {})
+    except ValidationError:
+        return kind()
 
 
 def judge_availability(resource: Resource) -> Availability:
