@@ -37,11 +37,20 @@ SYSCTLS = {
     # Answers between two pods of one bridge pass netfilter too, which undoes the Service address.
     "net/bridge/bridge-nf-call-iptables": "1",
 }
-# The plugin that publishes ports on the loopback address turns these on, and on the bridge, which goes anyway.
+# What the node's programs set by themselves.
 WATCHED_SYSCTLS = (
+    # The plugin that publishes ports on the loopback address; on the bridge too, which goes anyway.
     "net/ipv4/conf/lo/route_localnet",
     "net/ipv4/conf/all/route_localnet",
+    # kube-proxy.
     "net/netfilter/nf_conntrack_max",
+    # The kubelet (setupKernelTunables).
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
 )
 
 

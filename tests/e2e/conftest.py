@@ -67,8 +67,10 @@ def assets(cluster: None) -> None:
 
 @pytest.fixture
 def namespace(assets: None, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Gives a namespace of the test's own; it is kept when the test fails, for a look."""
+    """Gives a namespace of the test's own; it is kept when the test fails, for a look (ATTUNE_KEEP keeps the node)."""
+    failed = request.session.testsfailed
     name = "e2e-" + request.node.name.replace("_", "-").removeprefix("test-")[:40].strip("-")
     make_namespace(name)
     yield name
-    client.kubectl("delete", "namespace", name, "--wait=false")
+    if request.session.testsfailed == failed:
+        client.kubectl("delete", "namespace", name, "--wait=false")
