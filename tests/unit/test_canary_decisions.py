@@ -218,6 +218,15 @@ def test_replicas_reach_both_arms_in_the_middle_of_a_rollout(world: World) -> No
     assert {a.track: a.replicas for a in plan.actions if isinstance(a, EnsureArm)} == {Track.STABLE: 3, Track.CANARY: 3}
 
 
+def test_more_replicas_are_there_before_the_weight_moves(world: World) -> None:
+    _prepare(world)
+    world.set_spec(replicas=3)
+    world.reconcile()
+    assert world.weights[-1] == 0
+    world.until("Progressing", 5)
+    assert len(world.arms[Track.CANARY].pods) == 3
+
+
 def test_nothing_goes_up_while_stable_is_not_ready(world: World) -> None:
     world.set_model("tuned")
     world.until("Progressing", 25)

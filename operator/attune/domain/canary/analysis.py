@@ -8,7 +8,7 @@ from attune.api.canary import AnalysisVerdict
 from attune.domain.actions import RolloutRecord
 from attune.domain.arms import ObservedArm
 from attune.domain.canary.next import Problem
-from attune.domain.canary.observed import ObservedCanary
+from attune.domain.canary.observed import ObservedCanary, has_all_pods
 from attune.domain.canary.reasons import ANALYSIS_TIMED_OUT, CANARY_NOT_READY, NO_DATA
 from attune.domain.canary.record import compute_weight
 from attune.domain.canary.scorer import name_scorer
@@ -99,7 +99,7 @@ def _last_data(o: ObservedCanary, record: RolloutRecord, judgement: Judgement) -
 
 def may_go_on(o: ObservedCanary, record: RolloutRecord, trial: ObservedArm, judgement: Judgement) -> bool:
     """Whether the next step may begin: this one has lasted, both arms stand, and the test says Pass."""
-    if record.step is None or o.stable is None or not o.stable.rolled_out or not trial.rolled_out:
+    if record.step is None or o.stable is None or not o.stable.rolled_out or not has_all_pods(o, trial):
         return False
     step = o.spec.steps[min(record.step, len(o.spec.steps) - 1)]
     lasts = step.pause.seconds if step.pause is not None else o.spec.analysis.interval_seconds

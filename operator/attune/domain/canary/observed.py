@@ -57,3 +57,8 @@ class ObservedCanary:
 def is_serving(o: ObservedCanary) -> bool:
     """Whether requests have ever been routed here; before that a model needs no trial."""
     return o.route is not None or (o.status.stable is not None and o.status.stable.weight > 0)
+
+
+def has_all_pods(o: ObservedCanary, arm: ObservedArm | None) -> bool:
+    """Whether as many pods of an arm serve its model as are wanted now, which may be more than were asked for."""
+    return arm is not None and arm.rolled_out and arm.replicas == o.spec.replicas

@@ -9,7 +9,7 @@ from attune.domain.canary.analysis import find_failure, judge_rollout, may_go_on
 from attune.domain.canary.ending import roll_back, start_promotion
 from attune.domain.canary.models import choose_trial_template, ensure_stable
 from attune.domain.canary.next import SOON_SECONDS, WAIT_SECONDS, Next, Problem
-from attune.domain.canary.observed import ObservedCanary
+from attune.domain.canary.observed import ObservedCanary, has_all_pods
 from attune.domain.canary.reasons import CANARY_NOT_READY, GOLDEN_SET_TOO_SMALL, NO_DATA, ROLLOUT_PROGRESSING
 from attune.domain.canary.record import compute_weight, restart_clock
 from attune.domain.canary.rest import rest
@@ -43,12 +43,12 @@ def continue_rollout(
     if failure is not None:
         return roll_back(o, record, failure, judgement)
     if record.step is None:
-        if trial is None or not trial.rolled_out or blocked is not None:
+        if not has_all_pods(o, trial) or blocked is not None:
             return _prepare(o, record, model, blocked)
         return _advance(o, record, model, 0, judgement)
     weight = compute_weight(o.spec.steps, record.step)
     at_weight = o.route is not None and o.route.canary_weight > 0
-    if trial is None or not (trial.rolled_out or (at_weight and trial.ready > 0)):
+    if not has_all_pods(o, trial) and not (at_weight and trial is not None and trial.ready > 0):
         return _await_capacity(o, record, model, judgement, since_now=at_weight)
     if decided:
         following = record.step + 1
