@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from attune.adapters.cluster import CONFIG_MAP, CUSTOM, DEPLOYMENT, GATEWAY, HTTP_ROUTE, JOB, SERVICE, Cluster
+from attune.api import Canary
+from attune.api.canary import ArmModel
 from attune.contract.job import JobSpec
+from attune.contract.metrics import Track
+from attune.domain.actions import EnsureArm, EnsureRoute, RolloutRecord
+from attune.domain.canary.identity import fill_image
+from attune.reconcile import act_canary
+from attune.reconcile.observe import parse_resource
 from attune.settings import Settings
 
 from tests.reconcile.canary_stage import Exposition, Killed, Stage, run_prometheus, serve
@@ -283,6 +290,29 @@ def test_a_deleted_route_comes_back_as_it_was(serving: Stage, scorers: Expositio
     serving.drive(lambda: serving.route is not None, "the route")
     assert serving.split == (100, 0)
     assert serving.status["stable"]["modelId"] == "base"
+
+
+def test_what_is_no_longer_wanted_is_dropped(stage: Stage) -> None:
+    """Also where it was there from the beginning: a digest of the first model would refuse the second one's files."""
+    stage.apply("base")
+    canary = parse_resource(Canary, stage.canary)
+    template = fill_image(canary.spec.template, "registry.test/inference:1")
+    first = ArmModel(revision="1" * 10, model_id="one", uri="s3://attune/models/one", digest="sha256:" + "c" * 64)
+    second = ArmModel(revision="2" * 10, model_id="two", uri="s3://attune/models/two")
+    for model in (first, second):
+        action = EnsureArm(Track.STABLE, model, template, 1)
+        assert act_canary.ensure_arm(stage.cluster, stage.settings, canary, action)
+    arm = stage.arm("stable")
+    assert arm is not None
+    assert "attune.dev/model-digest" not in arm["metadata"]["annotations"]
+    (container,) = arm["spec"]["template"]["spec"]["containers"]
+    assert "ATTUNE_MODEL_DIGEST" not in {one["name"] for one in container["env"]}
+    record = RolloutRecord("abcdef0123", 1, "2026-11-21T12:00:00Z", "2026-11-21T12:05:00Z", promoting=True)
+    for kept in (record, None):
+        route = EnsureRoute(100, 0, kept, "test")
+        assert act_canary.ensure_route(stage.cluster, stage.settings, canary, route)
+    assert stage.route is not None
+    assert "attune.dev/rollout" not in stage.route["metadata"]["annotations"]
 
 
 def test_scaling_reaches_stable_at_once_and_needs_no_rollout(serving: Stage) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import responses
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -60,6 +61,8 @@ _TYPES: Final = {
 
 _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
+# Besides 5xx: what another try may change.
+_PASSING: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.GONE, HTTPStatus.TOO_MANY_REQUESTS})
 
 
 def type_of(obj: Mapping[str, Any]) -> ResourceType:
@@ -159,12 +162,13 @@ class Cluster:
         namespace = obj["metadata"]["namespace"]
         return self._write("POST", kind.path(namespace), kind, obj, query={"fieldManager": FIELD_MANAGER})
 
-    def apply(self, obj: Mapping[str, Any]) -> Object:
-        """Creates or updates an object by server-side apply (manager attune, force); gives it as stored.
+    def apply(self, obj: Mapping[str, Any], *, force: bool = True) -> Object:
+        """Creates or updates an object by server-side apply (manager attune); gives it as stored.
 
-        With metadata.uid or metadata.resourceVersion in it, it is written only if they are still the object's.
+        With metadata.uid or metadata.resourceVersion in it, it is written only if they are still the object's. force
+        takes fields over from others; without it, a field that another manager has set otherwise is a Conflict.
         """
-        return self._apply(obj, subresource=None)
+        return self._apply(obj, subresource=None, force=force)
 
     def apply_status(self, obj: Mapping[str, Any]) -> Object:
         """Writes the status of an object by server-side apply; fields that are left out are removed."""
@@ -200,11 +204,11 @@ class Cluster:
         status, _ = self._request("DELETE", kind.path(namespace, name), body=body)
         return status != HTTPStatus.NOT_FOUND
 
-    def _apply(self, obj: Mapping[str, Any], subresource: str | None) -> Object:
+    def _apply(self, obj: Mapping[str, Any], subresource: str | None, *, force: bool = True) -> Object:
         kind = type_of(obj)
         metadata = obj["metadata"]
         path = kind.path(metadata["namespace"], metadata["name"], subresource)
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        query = {"fieldManager": FIELD_MANAGER, "force": str(force).lower()}
         return self._write("PATCH", path, kind, obj, query=query, content_type=_APPLY)
 
     def _write(
@@ -273,11 +277,13 @@ def _judge(method: str, path: str, status: int, raw: bytes) -> Object:
         answer = {}
     if status < HTTPStatus.MULTIPLE_CHOICES or status == HTTPStatus.NOT_FOUND:
         return answer
-    message = str(answer.get("message") or HTTPStatus(status).phrase)
+    # A proxy in between may answer with a status that no standard knows.
+    message = str(answer.get("message") or responses.get(status, "no reason given"))
     if status == HTTPStatus.CONFLICT:
         if answer.get("reason") == "AlreadyExists":
             raise AlreadyExists(message)
         raise Conflict(message)
-    if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.UNAUTHORIZED} or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    # 410: the list has changed too much since its first page, and is to be read from the start.
+    if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise Unavailable(f"{method} {path}: {status} {message}")
     raise Refused(message)

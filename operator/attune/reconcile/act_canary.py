@@ -94,10 +94,9 @@ def _ensure_applied(
     wanted = sign(wanted)
     if live is not None and covers(live, wanted, exact_lists=exact_lists):
         return False
-    if live is None:
-        cluster.create(wanted)
-    # Applied after it was created as well: fields belong to whoever applied them, and only their owner can drop them.
-    cluster.apply(wanted)
+    # Created by apply as well: what a POST has set would belong to the POST for ever, and no later apply could drop it.
+    # Without force, since somebody else may create an object of this name at the same moment.
+    cluster.apply(wanted, force=live is not None)
     _say("created" if live is None else "updated", wanted, reason)
     return True
 
