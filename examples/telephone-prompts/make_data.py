@@ -171,7 +171,6 @@ def fetch_packages(cache: Path) -> tuple[Path, Path]:
                     "and name the parts with --sounds DIR --transcripts FILE"
                 )
                 raise SystemExit(message)
-        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             # apt fetches as the user _apt, who must be able to write here.
             downloads = Path(scratch) / "downloads"
@@ -250,6 +249,7 @@ def ensure_data(
 ) -> Path:
     """Returns the folder with the prompts, made on the first call and taken from the cache ever after."""
     cache = cache_folder() / "telephone-prompts"
+    cache.mkdir(parents=True, exist_ok=True)
     given = hashlib.sha256(f"{sounds and sounds.resolve()}".encode()).hexdigest()[:8] if sounds else "debian"
     target = cache / f"{given}-{'clean' if clean else f'noisy-{seed}'}-v{_RECIPE}"
     if not (target / "transcripts.jsonl").is_file():

@@ -52,6 +52,17 @@ def sounds(tmp_path: Path) -> tuple[Path, Path]:
     return folder, transcripts
 
 
+def test_prompts_of_ones_own_need_no_cache_and_are_made_once(
+    scripts: dict[str, Any], sounds: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTUNE_CACHE", str(tmp_path / "no" / "cache"))
+    folder, transcripts = sounds
+    made = scripts["make_data"].ensure_data(sounds=folder, transcripts=transcripts)
+    written = (made / "transcripts.jsonl").stat().st_mtime_ns
+    assert scripts["make_data"].ensure_data(sounds=folder, transcripts=transcripts) == made
+    assert (made / "transcripts.jsonl").stat().st_mtime_ns == written
+
+
 def test_the_manifest_lists_what_is_speech_has_audio_and_fits(
     scripts: dict[str, Any], sounds: tuple[Path, Path], tmp_path: Path
 ) -> None:
