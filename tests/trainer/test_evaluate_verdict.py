@@ -156,6 +156,14 @@ def test_a_reason_is_one_sentence_with_the_figures() -> None:
     )
 
 
+def test_the_interval_that_is_told_is_the_one_that_holds_for_all_candidates_together() -> None:
+    judgement = decide([BASE, BETTER, WORSE])
+    change = judgement.leaderboard[0].change
+    assert change is not None
+    told = f"97.5 % interval: {-100 * change.high:.1f} to {-100 * change.low:.1f} % fewer"
+    assert told in judgement.reason
+
+
 def test_few_speakers_are_said_to_be_few() -> None:
     judgement = decide([BASE], blocks=["only one"] * UTTERANCES)
     assert judgement.over_utterances

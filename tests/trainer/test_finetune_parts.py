@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 from attune.contract.training import EarlyStopping, Lora, Padding, Precision
-from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure
+from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure, StoreUnavailable
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.modeling.buckets import BUCKETS
 from attune_trainer.modeling.whisper import Whisper, load_whisper
@@ -17,7 +17,7 @@ from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.events import EventReader, EventWriter
-from attune_trainer.training.launch import _check_exit_status
+from attune_trainer.training.launch import _check_exit_status, _environment
 from attune_trainer.training.loader import BatchLoader
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
@@ -332,6 +332,28 @@ class TestCheckpoints:
         checkpoints.delete_all(s3_store, f"{key_prefix}/")
         assert s3_store.list(f"{key_prefix}/") == []
 
+    def test_later_checkpoints_of_no_use_do_not_push_out_the_one_just_saved(
+        self, s3_store: Store, key_prefix: str, tmp_path: Path
+    ) -> None:
+        for step in (100, 200):  # of another run, say
+            checkpoints.upload(s3_store, self.write(tmp_path / "other", step), key_prefix, keep=2)
+        for step in (2, 4):
+            checkpoints.upload(s3_store, self.write(tmp_path / "out", step), key_prefix, keep=2)
+        kept = sorted({key.split("/")[1] for key in s3_store.list(f"{key_prefix}/")})
+        assert kept == [checkpoints.folder_name(step, 0) for step in (4, 100, 200)]
+
+    def test_a_store_that_is_away_is_no_reason_to_begin_anew(
+        self, s3_store: Store, key_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoints.upload(s3_store, self.write(tmp_path / "out", 2), key_prefix, keep=2)
+
+        def fail(*_: object) -> None:
+            raise StoreUnavailable("StoreUnavailable", "the store did not answer")
+
+        monkeypatch.setattr(s3_store, "download_file", fail)
+        with pytest.raises(StoreUnavailable):
+            checkpoints.download_newest(s3_store, key_prefix, tmp_path / "in", "f" * 64)
+
     def test_an_upload_that_was_cut_off_is_not_seen(self, s3_store: Store, key_prefix: str, tmp_path: Path) -> None:
         checkpoints.upload(s3_store, self.write(tmp_path / "out", 2), key_prefix, keep=2)
         s3_store.write_bytes(f"{key_prefix}/step-00000004-0000/engine/state/weights.pt", b"half")
@@ -342,6 +364,13 @@ class TestCheckpoints:
 
 
 class TestProcesses:
+    @pytest.mark.parametrize(("pod", "processes", "each"), [("8", 1, "8"), ("8", 4, "2"), ("1", 4, "1")])
+    def test_processes_share_the_threads_that_the_pod_may_have(
+        self, monkeypatch: pytest.MonkeyPatch, pod: str, processes: int, each: str
+    ) -> None:
+        monkeypatch.setenv("OMP_NUM_THREADS", pod)
+        assert _environment(processes)["OMP_NUM_THREADS"] == each
+
     def test_events_arrive_whole_and_in_order(self, tmp_path: Path) -> None:
         with EventReader(tmp_path / "pipe") as reader:
             writer = EventWriter(tmp_path / "pipe")

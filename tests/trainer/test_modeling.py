@@ -257,6 +257,24 @@ class TestLoading:
         with pytest.raises(InvalidInput, match=r"encoder\.layers\.2"):
             load_recognizer(bucketed, "cpu")
 
+    @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "preprocessor_config.json"])
+    def test_a_file_that_was_cut_off_is_the_users_to_mend(self, bucketed: Path, name: str) -> None:
+        content = (bucketed / name).read_bytes()
+        (bucketed / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(InvalidInput, match="cannot be loaded") as raised:
+            load_recognizer(bucketed, "cpu")
+        assert raised.value.reason == "InvalidModelFile"
+
+    def test_a_model_that_memory_has_no_room_for_is_not_called_damaged(
+        self, bucketed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(WhisperForConditionalGeneration, "from_pretrained", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            load_recognizer(bucketed, "cpu")
+
     def test_a_folder_without_config_says_so(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match=r"config\.json"):
             load_recognizer(tmp_path, "cpu")

@@ -66,7 +66,9 @@ def test_count_errors(reference: str, hypothesis: str, expected: ErrorCounts) ->
     assert count_errors(reference, hypothesis) == expected
 
 
-def test_characters_include_spaces() -> None:
+def test_characters_include_spaces_where_the_script_has_them() -> None:
+    japanese = [normalise(text, "ja") for text in ("晴れだ", "晴れた")]
+    assert count_characters(*japanese, "ja") == ErrorCounts(2, 1, 0, 0, 3)
     assert count_characters("ab cd", "abcd") == ErrorCounts(4, 0, 1, 0, 5)
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.logging import disable_progress_bar
 
-from attune_trainer.failures import InvalidInput, UnsupportedModel
+from attune_trainer.failures import InvalidInput, RecipeFailure, UnsupportedModel, is_out_of_memory
 
 # Bars drawn over themselves are noise in a Job's log.
 disable_progress_bar()
@@ -198,7 +198,13 @@ def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        extractor = _load_extractor(folder, model.config)
+    except RecipeFailure:
+        raise
+    except Exception as error:
+        # Whatever the readers of weights and vocabularies raise (some of it plain Exception), the files are at fault.
+        if is_out_of_memory(error):
+            raise
         message = (
             f"the model cannot be loaded ({type(error).__name__}); its folder needs config.json, *.safetensors, "
             "tokenizer.json and generation_config.json as save_pretrained writes them"
@@ -210,7 +216,7 @@ def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.
         raise InvalidInput("InvalidModelFile", message)
     # The encoders differ in their forward alone; the outer class stays transformers' own, whose name is saved with it.
     model.model.encoder.__class__ = SlicedWhisperEncoder
-    return Whisper(model=model.to(device).eval(), tokenizer=tokenizer, extractor=_load_extractor(folder, model.config))
+    return Whisper(model=model.to(device).eval(), tokenizer=tokenizer, extractor=extractor)
 
 
 def _load_extractor(folder: Path, config: WhisperConfig) -> WhisperFeatureExtractor:

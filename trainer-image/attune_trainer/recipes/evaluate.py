@@ -66,12 +66,12 @@ def run(recipe: EvaluateRecipe, context: RecipeContext) -> EvaluateResult:
     if not utterances:
         raise InvalidInput("EmptySplit", f"the {recipe.split.value} split of dataset {recipe.dataset.name} is empty")
     audio = context.directory("audio")
-    fetch_audio(
-        context.store,
-        utterances,
-        audio,
-        lambda done: context.reporter.update(step=done, total_steps=len(utterances)),
-    )
+
+    def report(fetched: int) -> None:
+        context.raise_if_stopped()
+        context.reporter.update(step=fetched, total_steps=len(utterances))
+
+    fetch_audio(context.store, utterances, audio, report)
     references = [normalise(one.text, manifest.language) for one in utterances]
     heard = []
     for position, candidate in enumerate(recipe.candidates):
@@ -226,7 +226,9 @@ def _transcribe_all(
         model_digest=recognizer.model_digest,
         padding=recognizer.padding,
         words=tuple(map(count_errors, references, normalised)),
-        characters=tuple(map(count_characters, references, normalised)),
+        characters=tuple(
+            count_characters(reference, text, language) for reference, text in zip(references, normalised, strict=True)
+        ),
         work_seconds=seconds,
         audio_seconds=total_seconds(utterances),
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import jiwer
 
+from attune_trainer.scoring.normaliser import WITHOUT_SPACES
+
 
 @dataclass(frozen=True)
 class ErrorCounts:
@@ -68,8 +70,18 @@ def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     )
 
 
-def count_characters(reference: str, hypothesis: str) -> ErrorCounts:
-    """Counts character errors, spaces between words included; `words` holds the reference's characters."""
+def count_characters(reference: str, hypothesis: str, language: str = "en") -> ErrorCounts:
+    """Counts character errors of normalised texts; `words` holds the reference's characters.
+
+    Spaces between words count as characters, but not where the script has none and the normaliser has put them there.
+
+    Args:
+        reference: what was said.
+        hypothesis: what was heard.
+        language: ISO 639 code, with or without a region.
+    """
+    if language.lower().partition("-")[0] in WITHOUT_SPACES:
+        reference, hypothesis = reference.replace(" ", ""), hypothesis.replace(" ", "")
     if not reference.strip():
         return ErrorCounts(insertions=len(hypothesis.strip()))
     measured = jiwer.process_characters(reference, hypothesis)

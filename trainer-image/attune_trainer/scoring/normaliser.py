@@ -7,7 +7,7 @@ from typing import Final
 NORMALISER: Final = "attune-unicode-1"
 
 # Scripts written without spaces between words: each character counts as a word, as is usual for them.
-_WITHOUT_SPACES: Final = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
+WITHOUT_SPACES: Final = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
 _DOTTED_I: Final = frozenset({"tr", "az"})
 _APOSTROPHES: Final = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'"))  # noqa: RUF001 (these are what is replaced)
 # An apostrophe between letters or marks is part of the word ("don't"); a mark between digits part of the number.
@@ -42,7 +42,7 @@ def normalise(text: str, language: str) -> str:
             characters.append(character)
         elif category != "Cf":  # joiners and direction marks are invisible and part no words
             characters.append(" ")
-    if language in _WITHOUT_SPACES:
+    if language in WITHOUT_SPACES:
         characters = [
             character if unicodedata.category(character)[0] == "M" else f" {character}" for character in characters
         ]

@@ -138,7 +138,8 @@ def judge(
             failed_gates=tuple(text for gate in gates if (text := gate_failure(gate, one, base)) is not None),
         )
         leaderboard.append(judged)
-    decision, winner, reason = _decide(leaderboard, baseline, gates, confidence)
+    # Of one candidate alone both are the same; beside others every interval that is told is one of change.
+    decision, winner, reason = _decide(leaderboard, baseline, gates, joint)
     return Judgement(tuple(leaderboard), winner, decision, reason, over_utterances)
 
 

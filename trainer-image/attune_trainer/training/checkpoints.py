@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from attune.contract.exitcode import ExitCode
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from attune_trainer.failures import RecipeFailure
@@ -89,12 +90,17 @@ def folder_name(step: int, epoch: int) -> str:
 
 
 def upload(store: Store, folder: Path, prefix: str, keep: int) -> None:
-    """Uploads a checkpoint, its seal last, and removes those that are older than the newest `keep`."""
+    """Uploads a checkpoint, its seal last, and removes those that are older than the newest `keep`.
+
+    The one just uploaded stays even where `keep` later ones are there: those could not be gone on from.
+    """
     target = f"{prefix.rstrip('/')}/{folder.name}"
     for name in _files(folder):
         store.upload_file(folder / name, f"{target}/{name}")
     store.upload_file(folder / SEAL_FILE, f"{target}/{SEAL_FILE}")
     for old in _stored_steps(store, prefix)[keep:]:
+        if old == folder.name:
+            continue
         delete_all(store, f"{prefix.rstrip('/')}/{old}/")
 
 
@@ -105,13 +111,19 @@ def delete_all(store: Store, prefix: str) -> None:
 
 
 def download_newest(store: Store, prefix: str, directory: Path, expected_fingerprint: str) -> Path | None:
-    """Gives the newest checkpoint that is complete, unharmed and of this very run; None where there is none."""
+    """Gives the newest checkpoint that is complete, unharmed and of this very run; None where there is none.
+
+    Raises:
+        RecipeFailure: StoreUnavailable; to begin anew instead would cost all that was done.
+    """
     for name in _stored_steps(store, prefix):
         folder = directory / name
         shutil.rmtree(folder, ignore_errors=True)
         try:
             store.download_prefix(f"{prefix.rstrip('/')}/{name}/", folder)
         except RecipeFailure as failure:
+            if failure.code is ExitCode.STORE_UNAVAILABLE:
+                raise
             _log.warning("checkpoint not downloaded", extra={"checkpoint": name, "reason": failure.reason})
             continue
         if read_sealed(folder, expected_fingerprint) is not None:

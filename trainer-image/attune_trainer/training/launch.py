@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 from attune.contract.exitcode import ExitCode
 
 from attune_trainer.failures import OutOfMemory, RecipeFailure, Terminated
+from attune_trainer.processors import usable_processors
 from attune_trainer.training.events import EventReader
 from attune_trainer.training.settings import TrainingSettings
 
@@ -29,16 +30,6 @@ _END_SECONDS: Final = 45  # the launcher gives its children 30 s
 def count_gpus() -> int:
     """Counts the GPUs that the container was given, without loading CUDA."""
     return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])  # noqa: PTH208
-
-
-def count_cores() -> int:
-    """Counts the cores that the container may use: its CPU limit, or the cores it may run on; at least 1."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
 
 
 class TrainingProcesses:
@@ -149,7 +140,8 @@ def _environment(processes: int) -> dict[str, str]:
             del environment[name]
     if not count_gpus():
         environment["DS_ACCELERATOR"] = "cpu"
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
+    # The operator says how many threads the whole pod may have.
+    environment["OMP_NUM_THREADS"] = str(max(1, usable_processors(environment) // processes))
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["HF_HUB_OFFLINE"] = "1"
     return environment
