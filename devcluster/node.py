@@ -342,9 +342,10 @@ def _which(program: str) -> str | None:
     return shutil.which(program, path=ADMINISTRATORS_PATH)
 
 
-def can_run_here() -> bool:
-    """Whether a node of ours can ever have run here: this is Linux, and we are root."""
-    return os.uname().sysname == "Linux" and os.geteuid() == 0
+def has_been_here() -> bool:
+    """Whether a node of ours runs on this machine, or has left a folder or traces that nobody else leaves."""
+    may_have_run = os.uname().sysname == "Linux" and os.geteuid() == 0
+    return Node.default().folder.exists() or (may_have_run and hostsystem.is_used())
 
 
 def obstacles() -> list[str]:
@@ -363,7 +364,7 @@ def obstacles() -> list[str]:
 def _foreign_rules() -> list[str]:
     """What says that another node runs here. Two kube-proxies remove each other's rules, and `down` removes both's."""
     try:
-        rules = [] if hostsystem.is_used() else hostsystem.rules_left()
+        rules = [] if has_been_here() else hostsystem.rules_left()
     except ClusterError as error:
         return [str(error)]
     return [f"another node or CNI has netfilter rules on this machine: {', '.join(rules[:3])}"] if rules else []

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from devcluster import artifacts, binaries, controlplane, hostsystem, images, node, paths
+from devcluster import artifacts, binaries, controlplane, images, node, paths
 from devcluster.errors import ClusterError
 from devcluster.node import Kubectl, Node, manifest
 from devcluster.processes import run_logged
@@ -201,11 +201,10 @@ def load_images(names: list[str]) -> None:
 
 def down() -> None:
     """Remove the cluster and every trace of it; the cache, with what can be used again, stays."""
-    current = Node.default()
-    # Without a node's folder only traces that must be ours count: other nodes' rules are none of our business.
-    if current.folder.exists() or (node.can_run_here() and hostsystem.is_used()):
+    # Rules alone may be another node's, which is none of our business.
+    if node.has_been_here():
         with step("removing the node: processes, mounts, links, rules, control groups, files"):
-            current.stop()
+            Node.default().stop()
     if (paths.state() / "kind").exists():
         with step("deleting the kind cluster"):
             run_logged(
