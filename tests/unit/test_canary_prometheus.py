@@ -79,6 +79,7 @@ def test_nan_reaches_the_verdict_as_nan(ask: Callable[[Answer], Any]) -> None:
             id="a broken sample",
         ),
         pytest.param((200, "application/json", " " * (2 * 1024 * 1024 + 1)), id="an endless answer"),
+        pytest.param((200, "application/json", "[" * 1_000_000), id="an abyss"),
     ],
 )
 def test_answers_that_are_not_prometheuss_are_not_trusted(ask: Callable[[Answer], Any], answer: Answer) -> None:

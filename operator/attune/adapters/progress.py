@@ -3,10 +3,13 @@
 import requests
 from pydantic import ValidationError
 
+from attune.adapters.answer import read_bounded
 from attune.contract.environment import PROGRESS_PORT
 from attune.contract.result import Progress
+from attune.errors import Unavailable
 
 _TIMEOUT = (1.0, 2.0)  # seconds to connect, and between two bytes
+_ANSWER_SECONDS = 4.0
 _MAX_BYTES = 64 * 1024
 
 
@@ -22,9 +25,9 @@ def read_progress(ip: str, port: int = PROGRESS_PORT) -> Progress | None:
         ) as response:
             if response.status_code != requests.codes.ok:
                 return None
-            raw = response.raw.read(_MAX_BYTES, decode_content=True)
+            raw = read_bounded(response, most_bytes=_MAX_BYTES, seconds=_ANSWER_SECONDS)
         return Progress.model_validate_json(raw)
-    except (requests.RequestException, OSError, ValidationError):
+    except (requests.RequestException, Unavailable, OSError, ValidationError):
         return None
     finally:
         session.close()

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import requests
 
+from attune.adapters.answer import read_bounded
 from attune.contract import metrics
 from attune.errors import Unavailable
 
@@ -97,25 +98,21 @@ def _query(url: str, query: str) -> list[Any]:
                 stream=True,
                 headers={"Accept": "application/json", "User-Agent": "attune-operator"},
             ) as response:
-                status, body = response.status_code, _read_bounded(response)
+                status = response.status_code
+                body = read_bounded(response, most_bytes=MOST_BYTES, seconds=TIMEOUT_SECONDS)
+    except Unavailable as error:
+        raise Unavailable(f"{where}: {error}") from error
     except requests.RequestException as error:
         raise Unavailable(f"{where} did not answer ({type(error).__name__})") from error
     if status != requests.codes.ok:
         raise Unavailable(f"{where} answered with HTTP status {status}")
+    if len(body) > MOST_BYTES:
+        raise UnusableAnswer(f"the answer of {where} is longer than {MOST_BYTES} bytes")
     try:
         decoded = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableAnswer(f"{where} answered with something that is no JSON; check the URL") from error
     return _read_result(decoded, where)
-
-
-def _read_bounded(response: requests.Response) -> bytes:
-    body = bytearray()
-    for chunk in response.iter_content(64 * 1024):
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise UnusableAnswer(f"Prometheus's answer is longer than {MOST_BYTES} bytes")
-    return bytes(body)
 
 
 def _read_result(decoded: Any, where: str) -> list[Any]:
