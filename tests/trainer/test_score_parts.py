@@ -14,6 +14,7 @@ import httpx
 import pytest
 from attune.contract import metrics
 from attune.contract.metrics import Track
+from attune_trainer.failures import StoreUnavailable
 from attune_trainer.replay.arm import Arm
 from attune_trainer.replay.ledger import Counts, Ledger
 from attune_trainer.replay.replay import GoldenUtterance, Replay, fix_order
@@ -114,8 +115,15 @@ def test_no_scrape_sees_half_of_a_pair() -> None:
         counting.join()
 
 
-def golden(name: str, reference: str) -> GoldenUtterance:
+def golden(name: str, reference: str, outages: int = 0) -> GoldenUtterance:
+    """Gives an utterance whose audio cannot be read so many times at first."""
+    left = outages
+
     async def read_audio() -> bytes:
+        nonlocal left
+        if left:
+            left -= 1
+            raise StoreUnavailable("StoreUnavailable", "the store did not answer")
         return name.encode()
 
     return GoldenUtterance(name, reference, read_audio)
@@ -216,6 +224,7 @@ def replay(
     *,
     canary_model_id: str | None = None,
     meanwhile: Callable[[Ledger], bool] | None = None,
+    outages: int = 0,
 ) -> Run:
     """Replays utterances to scripted arms; meanwhile is called now and then until it returns True."""
     ledger = new_ledger(len(names), sum(len(REFERENCES[name].split()) for name in names))
@@ -230,7 +239,7 @@ def replay(
     async def main() -> None:
         async with httpx.AsyncClient(trust_env=False) as client:
             subject = Replay(
-                utterances=[golden(name, REFERENCES[name]) for name in names],
+                utterances=[golden(name, REFERENCES[name], outages) for name in names],
                 arms=(
                     Arm(Track.STABLE, stable.url, None, client, "en", first_pause_seconds=0.001),
                     Arm(Track.CANARY, canary.url, canary_model_id, client, "en", first_pause_seconds=0.001),
@@ -309,14 +318,22 @@ def test_what_one_arm_failed_to_answer_comes_again_at_the_end_and_the_other_arm_
     assert canary.asked["u1"] == 5
 
 
-def test_what_is_never_answered_is_given_up_and_does_not_count() -> None:
+def test_what_is_never_answered_is_given_up_and_counts_as_not_heard() -> None:
     def refuses(name: str, before: int) -> tuple[int, str]:
         return (400, "file") if name == "u2" else right(name, before)
 
     with ScriptedArm(right).running() as stable, ScriptedArm(refuses).running() as canary:
         counts = replay(stable, canary, ["u2", "u3", "u4"]).ledger.counts
-    assert (counts.utterances, counts.words, counts.exhausted) == (2, 9, True)
+    assert (counts.utterances, counts.words, counts.exhausted) == (3, 12, True)
+    assert (counts.stable.errors, counts.canary.errors) == (0, 3)
     assert counts.canary.failed_requests == canary.asked["u2"] == 5
+
+
+def test_a_store_that_is_away_for_a_while_loses_no_count() -> None:
+    with ScriptedArm(right).running() as stable, ScriptedArm(right).running() as canary:
+        counts = replay(stable, canary, ["u0", "u1", "u2"], outages=6).ledger.counts
+    assert (counts.utterances, counts.exhausted) == (3, True)
+    assert (counts.stable.errors, counts.canary.errors, counts.canary.failed_requests) == (0, 0, 0)
 
 
 def test_an_arm_that_is_away_is_waited_for() -> None:

@@ -24,9 +24,10 @@ class ArmCounts:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over pairs: utterances that both arms answered, with s errors by stable and c by canary, and w words.
+    """Sums over pairs: utterances with s errors by stable, c errors by canary, and w words.
 
-    The frozen whole is replaced at once, so a reader never sees half of a pair.
+    Both arms have answered it, or were asked so often in vain that it counts as not heard. The frozen whole is replaced
+    at once, so a reader never sees half of a pair.
     """
 
     utterances: int = 0
@@ -78,7 +79,7 @@ _HELP: Final = MappingProxyType(
         metrics.WORDS_SQUARED: "Sum over utterances of squared reference words.",
         metrics.ERRORS_TIMES_WORDS: "Sum over utterances of word errors times reference words.",
         metrics.FAILED_REQUESTS: "Requests that an arm did not answer, after retries.",
-        metrics.PAIRED_UTTERANCES: "Utterances that both arms answered.",
+        metrics.PAIRED_UTTERANCES: "Utterances that both arms answered, or that an arm never answered.",
         metrics.PAIRED_WORDS: "Reference words of pairs.",
         metrics.PAIRED_STABLE_ERRORS: "Word errors of the stable arm over pairs.",
         metrics.PAIRED_CANARY_ERRORS: "Word errors of the canary arm over pairs.",
@@ -122,7 +123,7 @@ class Ledger(Collector):
             return self._counts
 
     def add_pair(self, words: int, stable_errors: int, canary_errors: int) -> Counts:
-        """Counts an utterance that both arms answered, and gives the new sums."""
+        """Counts an utterance of both arms, and gives the new sums."""
         with self._lock:
             self._counts = self._counts.with_pair(words, stable_errors, canary_errors)
             return self._counts

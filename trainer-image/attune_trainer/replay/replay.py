@@ -11,6 +11,7 @@ from typing import Final
 
 from attune.contract.metrics import Track
 
+from attune_trainer.failures import StoreUnavailable
 from attune_trainer.replay.arm import Arm, RequestFailedError, WrongModelError
 from attune_trainer.replay.ledger import Counts, Ledger
 
@@ -29,7 +30,7 @@ class GoldenUtterance:
     Attributes:
         id: names it in the order; holds nothing of what was said.
         reference: the normalised transcript.
-        read_audio: gives the FLAC file.
+        read_audio: gives the FLAC file; StoreUnavailable where it cannot be had at the moment.
     """
 
     id: str
@@ -95,7 +96,11 @@ class Replay:
     ready_poll_seconds: float = _READY_POLL_SECONDS
 
     async def run(self) -> None:
-        """Returns when every utterance has been answered by both arms, or has been given up after several rounds."""
+        """Returns when every utterance has counted: answered by both arms, or given up after several rounds.
+
+        What an arm never answered counts as an empty transcript. Left out, it would make an arm that fails on what is
+        hard to hear look better than one that tries.
+        """
         self._queue = deque(_Turn(utterance) for utterance in self.utterances)
         self._pace = _Pace(60 / self.per_minute)
         await self.wait_for_arms()
@@ -125,8 +130,12 @@ class Replay:
             _log.info("both arms are ready")
 
     async def _ask(self, turn: _Turn) -> _Turn:
-        """Asks the arms that have not answered yet, both at the same time."""
-        audio = await turn.utterance.read_audio()
+        """Asks the arms that have not answered yet, both at the same time; neither, while the store is away."""
+        try:
+            audio = await turn.utterance.read_audio()
+        except StoreUnavailable as failure:
+            _log.warning("no audio; the utterance comes again later", extra={"reason": failure.reason})
+            return turn
         missing = [arm for arm in self.arms if turn.errors(arm.track) is None]
         outcomes = await asyncio.gather(*(self._ask_arm(arm, turn.utterance, audio) for arm in missing))
         refused = False
@@ -153,11 +162,14 @@ class Replay:
         return min(self.max_errors, self.count_errors(utterance.reference, hypothesis))
 
     async def _commit(self, turn: _Turn) -> None:
+        if turn.rounds >= _ROUNDS:
+            for track in Track:
+                if turn.errors(track) is None:
+                    given_up = {"utterance": turn.utterance.id, "track": track.value, "rounds": turn.rounds}
+                    _log.error("utterance given up; it counts as not heard", extra=given_up)
+                    turn = turn.answered(track, min(self.max_errors, turn.utterance.words))
         if turn.stable_errors is not None and turn.canary_errors is not None:
             self.on_pair(self.ledger.add_pair(turn.utterance.words, turn.stable_errors, turn.canary_errors))
-            return
-        if turn.rounds >= _ROUNDS:
-            _log.error("utterance given up", extra={"utterance": turn.utterance.id, "rounds": turn.rounds})
             return
         self._queue.append(turn)
         # Nothing is gained by asking an arm that is away, and every question would cost its utterance a round.

@@ -364,8 +364,9 @@ async def _unless_gone(request: Request, answer: asyncio.Future[_Answer]) -> _An
         ClientDisconnect: the client went away.
     """
     gone = asyncio.ensure_future(_disconnected(request.receive))
+    either: set[asyncio.Future[Any]] = {answer, gone}
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise ClientDisconnect
         return answer.result()
