@@ -9,6 +9,7 @@ from attune.api.canary import ArmModel, PodTemplate
 from attune.contract.metrics import Track
 from attune.domain.actions import RolloutRecord
 from attune.domain.canary.identity import fill_image
+from attune.domain.times import parse_time
 from attune.reconcile.drift import covers, sign
 from attune.render.inference import build_deployment, build_service, dump_template
 from attune.render.route import build_route, read_route
@@ -160,8 +161,34 @@ def test_a_route_edited_by_hand_is_read_as_it_is(canary: Canary) -> None:
     backends.append({"name": "somebody-else", "weight": 7})
     backends.append(dict(backends[1]))
     content = read_route(route)
-    assert (content.stable_weight, content.canary_weight) == (1, 50)
+    assert (content.stable_weight, content.canary_weight) == (1, 99)
     assert read_route({"metadata": {"name": "prod-voice"}}).record is None
+
+
+@pytest.mark.parametrize(
+    ("stable", "weight", "percent"),
+    [(100, 0, (100, 0)), (95, 5, (95, 5)), (1, 1, (50, 50)), (999_999, 1, (99, 1)), (0, 7, (0, 100)), (0, 0, (0, 0))],
+)
+def test_weights_are_read_in_percent(canary: Canary, stable: int, weight: int, percent: tuple[int, int]) -> None:
+    content = read_route(build_route(canary, stable, weight, None))
+    assert (content.stable_weight, content.canary_weight) == percent
+
+
+@pytest.mark.parametrize("name", ["attune.dev/rollout-started", "attune.dev/step-started"])
+@pytest.mark.parametrize("text", ["", "yesterday", "2026-11-21T12:00:00"])
+def test_a_time_that_is_none_is_not_read(canary: Canary, name: str, text: str) -> None:
+    route = build_route(canary, 95, 5, RECORD)
+    route["metadata"]["annotations"][name] = text
+    record = read_route(route).record
+    if name == "attune.dev/rollout-started":
+        assert record is None
+    else:
+        assert record is not None
+        assert record["step_started"] == RECORD.started
+    route["metadata"]["annotations"]["attune.dev/failed-rollout"] = RECORD.id
+    kept = read_route(route).record
+    assert kept is not None
+    assert parse_time(kept["step_started"]) <= parse_time(RECORD.step_started)
 
 
 def test_a_fail_is_read_even_where_the_rest_of_the_record_is_gone(canary: Canary) -> None:

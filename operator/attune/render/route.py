@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, Protocol
 
 from attune.api.canary import Canary
@@ -121,10 +122,11 @@ def _build_annotations(record: Record | None) -> dict[str, str]:
 
 
 def read_route(body: Mapping[str, Any]) -> RouteContent:
-    """Reads weights and record back; whatever somebody has made of the route by hand.
+    """Reads weights, in percent, and record back; whatever somebody has made of the route by hand.
 
-    Weights of backends that are not the arms' don't count; of an arm that is listed twice, the sum does. A record of
-    which a part is missing or broken is none, unless it says that the rollout has failed: that is never forgotten.
+    Weights of backends that are not the arms' don't count; of an arm that is listed twice, the sum does. The
+    canary has 1 % at least where it gets any requests: weights 999 and 1 are 99 % and 1 %. A record of which a part is
+    missing or broken is none, unless it says that the rollout has failed: that is never forgotten.
     """
     metadata = body["metadata"]
     weights = {Track.STABLE: 0, Track.CANARY: 0}
@@ -133,14 +135,17 @@ def read_route(body: Mapping[str, Any]) -> RouteContent:
             for track in weights:
                 if backend.get("name") == name_arm(metadata["name"], track):
                     weights[track] += int(backend.get("weight", 1))
-    return RouteContent(weights[Track.STABLE], weights[Track.CANARY], _read_record(metadata.get("annotations") or {}))
+    total, canary = sum(weights.values()), weights[Track.CANARY]
+    percent = -(-100 * canary // total) if total else 0
+    stable = 100 - percent if total else 0
+    return RouteContent(stable, percent, _read_record(metadata.get("annotations") or {}))
 
 
 def _read_record(annotations: Mapping[str, str]) -> dict[str, Any] | None:
     failed = annotations.get(ANNOTATION_FAILED)
     identity = failed or annotations.get(ANNOTATION_ROLLOUT)
-    started = annotations.get(ANNOTATION_STARTED)
-    step_started = annotations.get(ANNOTATION_STEP_STARTED, started)
+    started = _read_time(annotations, ANNOTATION_STARTED)
+    step_started = _read_time(annotations, ANNOTATION_STEP_STARTED) or started
     step = annotations.get(ANNOTATION_STEP)
     if not identity or ((started is None or step_started is None) and not failed):
         return None
@@ -154,3 +159,12 @@ def _read_record(annotations: Mapping[str, str]) -> dict[str, Any] | None:
         "failed_reason": annotations.get(ANNOTATION_FAILED_REASON, "RolledBack") if failed else None,
         "failed_message": annotations.get(ANNOTATION_FAILED_MESSAGE, "") if failed else None,
     }
+
+
+def _read_time(annotations: Mapping[str, str], name: str) -> str | None:
+    """Gives a time as it stands there; None where it is none, or says no offset from UTC."""
+    text = annotations.get(name, "")
+    try:
+        return text if datetime.fromisoformat(text).tzinfo is not None else None
+    except ValueError:
+        return None
