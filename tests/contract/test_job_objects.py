@@ -145,3 +145,8 @@ def test_owners_labels_are_not_copied() -> None:
 def test_threads_follow_the_cpu_limit(limit: str, threads: str) -> None:
     assert build_thread_environment(PodResources(limits={"cpu": limit})) == {"OMP_NUM_THREADS": threads}
     assert build_thread_environment(None) == {}
+
+
+@pytest.mark.parametrize("limit", ["2Gi", "1k", "3M"])
+def test_cpu_limit_that_is_none_is_left_to_the_api_server_to_judge(limit: str) -> None:
+    assert build_thread_environment(PodResources(limits={"cpu": limit})) == {}

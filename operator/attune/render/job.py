@@ -221,12 +221,13 @@ def build_thread_environment(resources: PodResources | None) -> dict[str, str]:
     """Tells numeric libraries how many threads to start: the container's CPU limit, at least 1.
 
     Without it they count the node's CPUs, and 64 threads on a limit of 2 CPUs are slower than 2.
-    {"cpu": "1500m"} -> {"OMP_NUM_THREADS": "1"}; no limit -> {}.
+    {"cpu": "1500m"} -> {"OMP_NUM_THREADS": "1"}; no limit, or one beyond any node ("2Gi") -> {}.
     """
-    limit = (resources.limits or {}).get("cpu") if resources is not None else None
-    if limit is None:
+    limit = (resources.limits or {}).get("cpu", "") if resources is not None else ""
+    number = limit.removesuffix("m")
+    if not number or number[-1].isalpha():
         return {}
-    cpus = int(float(limit[:-1]) / 1000) if limit.endswith("m") else int(float(limit))
+    cpus = int(float(number) / (1000 if limit.endswith("m") else 1))
     return {"OMP_NUM_THREADS": str(max(1, cpus))}
 
 
