@@ -7,7 +7,6 @@ from pydantic import ConfigDict, Field
 from attune.api.meta import (
     NAME_IS_A_LABEL,
     LocalRef,
-    ModelSource,
     PodResources,
     Resource,
     SpecModel,
@@ -38,10 +37,6 @@ class Candidate(SpecModel):
     name: DnsLabel = Field(description="Name in the leaderboard.")
     model: CandidateModel | None = Field(default=None, description="A model by its files.")
     fine_tune_ref: LocalRef | None = Field(default=None, description="A FineTune; its finished model is judged.")
-
-    def source(self) -> ModelSource:
-        """Where this candidate's model comes from."""
-        return ModelSource(uri=self.model.uri if self.model else None, fine_tune_ref=self.fine_tune_ref)
 
 
 class GateSpec(SpecModel):

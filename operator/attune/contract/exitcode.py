@@ -1,6 +1,10 @@
 """Why a Job's container ended, and what Kubernetes is to do about it."""
 
 from enum import IntEnum, StrEnum
+from typing import Final
+
+# Ended by SIGKILL (128 + 9): out of memory. A pod that is evicted or deleted carries DisruptionTarget, which comes first.
+KILLED: Final = 137
 
 _FINDINGS = range(10, 30)
 

@@ -1,6 +1,5 @@
 """What an arm, the route and the Gateway of a Canary look like, and what ails an arm's pods."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -9,16 +8,21 @@ from attune.api.canary import ArmModel, PodTemplate
 from attune.contract.exitcode import Disposition, ExitCode
 from attune.contract.result import Failure
 from attune.domain.actions import RolloutRecord
-from attune.domain.jobs import IMAGE_PULL_FAILED, OUT_OF_MEMORY, SECRET_KEY_MISSING, SECRET_NOT_FOUND, UNSCHEDULABLE
+from attune.domain.jobs import (
+    IMAGE_PULL_FAILED,
+    MISSING_KEY,
+    MISSING_SECRET,
+    OUT_OF_MEMORY,
+    PULL_REASONS,
+    SECRET_KEY_MISSING,
+    SECRET_NOT_FOUND,
+    UNSCHEDULABLE,
+)
 
 CRASH_LOOP: Final = "CrashLoopBackOff"
 CONTAINER_CONFIG_ERROR: Final = "ContainerConfigError"
 # The kubelet restarts a container that ended; a second restart within a rollout is no accident.
 CRASHES: Final = 2
-
-_PULL_REASONS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
-_MISSING_SECRET: Final = re.compile(r'secrets? "([^"]+)" not found')
-_MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def find_problem(pods: Iterable[ServingPod]) -> PodProblem | None:
 def _diagnose(pod: ServingPod) -> PodProblem | None:
     if pod.unschedulable:
         return PodProblem(UNSCHEDULABLE, f"no node fits the pod: {pod.unschedulable}", fatal=False)
-    if pod.waiting_reason in _PULL_REASONS:
+    if pod.waiting_reason in PULL_REASONS:
         # The kubelet's own message changes from one attempt to the next; a status that follows it never rests.
         message = f"image {pod.image} cannot be pulled: check that it exists and that the node may pull it"
         # The first failure may be the registry's; from the second on the kubelet backs off.
@@ -125,11 +129,11 @@ def _diagnose(pod: ServingPod) -> PodProblem | None:
 
 
 def _diagnose_configuration(text: str) -> PodProblem:
-    key = _MISSING_KEY.search(text)
+    key = MISSING_KEY.search(text)
     if key is not None:
         secret = key.group(2).rpartition("/")[2]
         return PodProblem(SECRET_KEY_MISSING, f"Secret {secret} has no key {key.group(1)}; add it", fatal=False)
-    found = _MISSING_SECRET.search(text)
+    found = MISSING_SECRET.search(text)
     if found is not None:
         message = (
             f"Secret {found.group(1)} does not exist in this namespace; create it, and the pods start by themselves"

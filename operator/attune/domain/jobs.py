@@ -9,7 +9,7 @@ from typing import Final, Literal, assert_never
 from pydantic import ValidationError
 
 from attune.api.meta import Condition, PodResources, Resource, Status
-from attune.contract.exitcode import ExitCode
+from attune.contract.exitcode import KILLED, ExitCode
 from attune.contract.job import JobSpec, Owner, Recipe
 from attune.contract.result import Failure, Result, Summary
 from attune.domain.actions import DeleteJob, EnsureJob, JobAction, Plan
@@ -29,13 +29,12 @@ OUT_OF_MEMORY: Final = ExitCode.OUT_OF_MEMORY.reason
 RESULT_UNREADABLE: Final = "ResultUnreadable"
 RESULT_LOST: Final = "ResultLost"
 
-KILLED: Final = 137  # 128 + SIGKILL
-
-_PULL_REASONS: Final = frozenset(
+# How the kubelet words what keeps a container from starting.
+PULL_REASONS: Final = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 )
-_MISSING_SECRET: Final = re.compile(r'secrets? "([^"]+)" not found')
-_MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
+MISSING_SECRET: Final = re.compile(r'secrets? "([^"]+)" not found')
+MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
 # What the store or hub may answer otherwise later, without any change of the resource.
 _RETRIED: Final = frozenset({ExitCode.ACCESS_DENIED, ExitCode.NOT_FOUND, ExitCode.STORE_UNAVAILABLE})
 
@@ -352,7 +351,7 @@ def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str
     """Says why a pod does not start, where somebody has to do something; None while it is on its way."""
     if pod.unschedulable:
         return UNSCHEDULABLE, f"no node fits the pod: {pod.unschedulable}"
-    if pod.waiting_reason in _PULL_REASONS:
+    if pod.waiting_reason in PULL_REASONS:
         # The kubelet's own message changes from one attempt to the next; a status that follows it never rests.
         return (
             IMAGE_PULL_FAILED,
@@ -364,11 +363,11 @@ def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str
     if pod.waiting_reason != "CreateContainerConfigError":
         return None
     text = pod.waiting_message or ""
-    key = _MISSING_KEY.search(text)
+    key = MISSING_KEY.search(text)
     if key is not None:
         secret = key.group(2).rpartition("/")[2]
         return SECRET_KEY_MISSING, f"Secret {secret} has no key {key.group(1)}; add it, and the Job goes on by itself"
-    found = _MISSING_SECRET.search(text)
+    found = MISSING_SECRET.search(text)
     if found is not None:
         secret = found.group(1)
         what = "the store's" if secret == surroundings.store_secret else "a source's"

@@ -22,9 +22,8 @@ from attune.domain.actions import (
 from attune.domain.times import format_time, parse_time
 from attune.errors import AlreadyExists
 from attune.reconcile import act_canary
-from attune.reconcile.ensure import ensure_created
+from attune.reconcile.ensure import ensure_job
 from attune.render.event import build_event
-from attune.render.job import build_config_map, build_job
 from attune.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -71,27 +70,6 @@ def _canary(resource: Resource) -> Canary:
     if not isinstance(resource, Canary):
         raise TypeError(f"{resource.KIND} has no arms and no route")
     return resource
-
-
-def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
-    """Makes a Job and its ConfigMap exist, running or suspended; tells whether anything was written.
-
-    Raises:
-        NotOurs: when an object of that name has another owner.
-    """
-    owner = action.spec.owner
-    # job.json first: a pod without it could not start.
-    wrote = ensure_created(cluster, owner, build_config_map(action)) is None
-    present = ensure_created(cluster, owner, build_job(action, settings))
-    if present is None:
-        _log.info("created", extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
-        return True
-    if bool(present["spec"].get("suspend")) != action.suspended:
-        cluster.patch(JOB, owner.namespace, action.name, {"spec": {"suspend": action.suspended}})
-        verb = "suspended" if action.suspended else "resumed"
-        _log.info(verb, extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
-        return True
-    return wrote
 
 
 def delete_job(cluster: Cluster, owner: Owner, name: str) -> bool:

@@ -11,9 +11,8 @@ from attune.domain.actions import DeleteArm, EnsureArm, EnsureJob, EnsureRoute, 
 from attune.domain.jobs import build_key
 from attune.errors import NotOurs
 from attune.reconcile.drift import covers, sign
-from attune.reconcile.ensure import ensure_created
+from attune.reconcile.ensure import ensure_job
 from attune.render.inference import build_deployment, build_service, name_arm
-from attune.render.job import build_config_map, build_job
 from attune.render.route import build_route
 from attune.settings import Settings
 
@@ -73,12 +72,7 @@ def ensure_scorer(cluster: Cluster, settings: Settings, canary: Canary, action: 
         recipe=action.recipe,
     )
     job = EnsureJob(name=action.name, spec=spec, suspended=False, termination_grace_seconds=10)
-    # job.json first: a pod without it could not start.
-    wrote = ensure_created(cluster, owner, build_config_map(job)) is None
-    if ensure_created(cluster, owner, build_job(job, settings)) is None:
-        _log.info("created", extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
-        return True
-    return wrote
+    return ensure_job(cluster, settings, job)
 
 
 def _ensure_applied(

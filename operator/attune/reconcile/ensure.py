@@ -1,8 +1,36 @@
-"""Creates children that never change once they are there."""
+"""Creates children that never change once they are there, but for a Job that is suspended or goes on."""
 
-from attune.adapters.cluster import Cluster, Object, is_owned_by, type_of
+import logging
+
+from attune.adapters.cluster import JOB, Cluster, Object, is_owned_by, type_of
 from attune.contract.job import Owner
+from attune.domain.actions import EnsureJob
 from attune.errors import AlreadyExists, Conflict, NotOurs
+from attune.render.job import build_config_map, build_job
+from attune.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
+    """Makes a Job and its ConfigMap exist, running or suspended; tells whether anything was written.
+
+    Raises:
+        NotOurs: when an object of that name has another owner.
+    """
+    owner = action.spec.owner
+    # job.json first: a pod without it could not start.
+    wrote = ensure_created(cluster, owner, build_config_map(action)) is None
+    present = ensure_created(cluster, owner, build_job(action, settings))
+    if present is None:
+        _log.info("created", extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
+        return True
+    if bool(present["spec"].get("suspend")) != action.suspended:
+        cluster.patch(JOB, owner.namespace, action.name, {"spec": {"suspend": action.suspended}})
+        verb = "suspended" if action.suspended else "resumed"
+        _log.info(verb, extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
+        return True
+    return wrote
 
 
 def ensure_created(cluster: Cluster, owner: Owner, obj: Object) -> Object | None:

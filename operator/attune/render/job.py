@@ -19,15 +19,13 @@ from attune.contract.environment import (
     WORK_DIRECTORY_VARIABLE,
     source_variable,
 )
-from attune.contract.exitcode import Disposition, ExitCode
+from attune.contract.exitcode import KILLED, Disposition, ExitCode
 from attune.contract.job import JobSpec
 from attune.render.names import build_labels, build_owner_reference
 from attune.settings import Settings
 
 CONTAINER: Final = "recipe"
 BACKOFF_LIMIT: Final = 3
-# Ended by SIGKILL: out of memory, as a pod that is evicted or deleted carries DisruptionTarget and is ruled on first.
-KILLED: Final = 137
 USER: Final = 65532
 
 _WORK: Final = "/scratch"

@@ -5,8 +5,6 @@ from typing import Any, Final
 from attune.api.meta import GROUP, VERSION
 from attune.contract.job import Owner
 
-FIELD_MANAGER: Final = "attune"
-
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 LABEL_COMPONENT: Final = "attune.dev/component"  # prepare, finetune, evaluate, score, serve
 LABEL_KIND: Final = "attune.dev/kind"
