@@ -45,7 +45,7 @@ def test_objects_are_written_listed_read_and_removed(s3_store: Store, key_prefix
 def test_a_directory_goes_up_and_comes_back(s3_store: Store, key_prefix: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     for index in range(30):
-        path = source / f"d{index % 3}" / f"file {index} é.txt"
+        path = source / f"d{index % 3}" / f"file {index} é+&%20#.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([index]) * (index * 1000))
     (source / "large.safetensors").write_bytes(bytes(6 << 20))  # more than one part
