@@ -3,7 +3,7 @@
 from enum import IntEnum, StrEnum
 from typing import Final
 
-# Ended by SIGKILL (128 + 9): out of memory. A pod that is evicted or deleted carries DisruptionTarget, which comes first.
+# Ended by SIGKILL: out of memory, since what evicts or deletes a pod marks it with DisruptionTarget, which comes first.
 KILLED: Final = 137
 
 _FINDINGS = range(10, 30)
