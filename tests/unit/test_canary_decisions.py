@@ -383,6 +383,22 @@ def test_another_model_in_the_middle_supersedes(world: World) -> None:
     assert [one.outcome for one in world.canary.status.history] == [Outcome.ROLLED_BACK, Outcome.SUPERSEDED]
 
 
+def test_other_steps_raise_no_weight_without_a_pass_and_lower_it_at_once(world: World) -> None:
+    world.set_model("tuned")
+    world.until("Progressing", 25)
+    world.prometheus_up = False
+    world.set_spec(steps=[{"weight": 50}, {"weight": 100}])
+    world.reconcile()
+    assert world.weights[-1] == 25
+    assert "gets 25 % of requests (step 2 of 2)" in world.canary.status.conditions[0].message
+    world.set_spec(steps=[{"weight": 2}, {"weight": 10}, {"weight": 100}])
+    world.reconcile()
+    assert world.weights[-1] == 10
+    world.prometheus_up = True
+    world.settle()
+    assert world.arms[Track.STABLE].model.model_id == "tuned"
+
+
 def test_going_back_to_stables_model_ends_quietly(world: World) -> None:
     world.set_model("tuned")
     world.until("Progressing", 25)

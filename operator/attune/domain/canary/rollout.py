@@ -46,8 +46,11 @@ def continue_rollout(
         if not has_all_pods(o, trial) or blocked is not None:
             return _prepare(o, record, model, blocked)
         return _advance(o, record, model, 0, judgement)
-    weight = compute_weight(o.spec.steps, record.step)
-    at_weight = o.route is not None and o.route.canary_weight > 0
+    weight, reached = compute_weight(o.spec.steps, record.step), o.route.canary_weight if o.route is not None else 0
+    at_weight = reached > 0
+    if at_weight and judgement.verdict is not AnalysisVerdict.PASS:
+        # Other steps in the spec are no evidence: they take weight away at once, and add none before a Pass.
+        weight = min(weight, reached)
     if not has_all_pods(o, trial) and not (at_weight and trial is not None and trial.ready > 0):
         return _await_capacity(o, record, model, judgement, since_now=at_weight)
     if decided:
