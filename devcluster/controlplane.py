@@ -15,7 +15,6 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,9 +207,9 @@ def default_state() -> Path:
     return paths.state() / "control-plane"
 
 
-def start(state: Path | None = None, *, extra_programs: Sequence[str] = ()) -> Path:
+def start(state: Path | None = None) -> Path:
     """Start a control plane in `state` unless it runs there already, wait until it is ready, return its kubeconfig."""
-    binaries.ensure([*PROGRAMS, *extra_programs])
+    binaries.ensure(PROGRAMS)
     plane = ControlPlane(state or default_state())
     supervised = Supervised(plane.folder)
     specification = Specification(plane.daemons())

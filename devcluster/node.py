@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 
-from devcluster import binaries, controlplane, hostsystem, paths
+from devcluster import binaries, controlplane, hostsystem, paths, versions
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from devcluster.hostsystem import ADMINISTRATORS_PATH, BRIDGE, CGROUP, HostSystem
@@ -358,7 +358,22 @@ def obstacles() -> list[str]:
     missing = missing_packages()
     if missing and shutil.which("apt-get") is None:
         found.append(f"missing programs of the packages {', '.join(missing)}, and no apt-get to install them")
-    return found or _foreign_rules()
+    return found or [*_missing_compiler(), *_foreign_rules()]
+
+
+def _missing_compiler() -> list[str]:
+    """What keeps `pause` from being built, which has no release to be downloaded."""
+    try:
+        if binaries.find("pause").exists():
+            return []
+    except ClusterError as error:
+        # Nothing is known of this machine's architecture.
+        return [str(error)]
+    try:
+        binaries.go()
+    except ClusterError:
+        return [f"Go {versions.GO} is not installed (https://go.dev/dl)"]
+    return []
 
 
 def _foreign_rules() -> list[str]:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from devcluster import hostsystem, images, node, up
+from devcluster import binaries, hostsystem, images, node, up
 from devcluster.errors import ClusterError
 from devcluster.node import Node
 
@@ -37,6 +37,7 @@ def test_down_asks_nothing_of_the_machine_where_no_node_can_have_run(own_state, 
 def test_the_rules_of_another_node_are_left_alone_and_keep_ours_from_starting(own_state, monkeypatch, rules):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(node, "missing_packages", list)
+    monkeypatch.setattr(binaries, "go", lambda: "go")
     monkeypatch.setattr(hostsystem, "hierarchies", list)
     monkeypatch.setattr(hostsystem, "node_links", list)
     monkeypatch.setattr(hostsystem, "rules_left", lambda: rules)
@@ -44,6 +45,20 @@ def test_the_rules_of_another_node_are_left_alone_and_keep_ours_from_starting(ow
     up.down()
     assert rules[0] in node.obstacles()[0]
     monkeypatch.setattr(hostsystem, "rules_left", lambda: [*rules, hostsystem.OWN_TABLE])
+    assert node.obstacles() == []
+
+
+def test_a_node_without_go_is_refused_at_once_unless_everything_is_built(own_state, monkeypatch):
+    def refuse():
+        raise ClusterError("no go")
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(node, "missing_packages", list)
+    monkeypatch.setattr(node, "_foreign_rules", list)
+    monkeypatch.setattr(binaries, "go", refuse)
+    assert "Go" in node.obstacles()[0]
+    binaries.find("pause").parent.mkdir(parents=True)
+    binaries.find("pause").touch()
     assert node.obstacles() == []
 
 
