@@ -155,6 +155,8 @@ def _utterances(
     found: list[Utterance] = []
     for dataset in datasets:
         found += load_split(context.store, dataset, split)
+    if split is Split.TRAIN and len(datasets) > 1:
+        found = _without_held_out(context, datasets, found)
     if not found:
         message = f"the {split.value} split is empty; give the Dataset more audio, or other shares in spec.splits"
         raise InvalidInput("EmptySplit", message)
@@ -170,6 +172,22 @@ def _utterances(
         TrainingUtterance(audio=folder / audio_name(one.audio_digest), text=one.text, seconds=one.seconds)
         for one in found
     )
+
+
+def _without_held_out(
+    context: RecipeContext, datasets: Sequence[DatasetInput], train: Sequence[Utterance]
+) -> list[Utterance]:
+    """Leaves out recordings that another of the datasets validates on or holds out; each was divided by itself."""
+    held_out = {
+        one.audio_digest
+        for dataset in datasets
+        for split in (Split.VALIDATION, Split.HOLDOUT)
+        for one in load_split(context.store, dataset, split)
+    }
+    kept = [one for one in train if one.audio_digest not in held_out]
+    if len(kept) < len(train):
+        _log.warning("utterances left out: another Dataset holds them out", extra={"count": len(train) - len(kept)})
+    return kept
 
 
 def _publish(
