@@ -16,6 +16,9 @@ $(VENV)/.ready: requirements/dev.txt requirements/bootstrap.txt pyproject.toml
 	@./tools/setup $(PYTHON) $(VENV)
 	@touch $@
 
+# What these need is compiled while Python's packages are downloaded.
+up demo test e2e: export PREFETCH := 1
+
 setup: $(VENV)/.ready ## the Python environment, and the Debian packages that tests and examples use
 
 up: setup ## a cluster, the platform, the images

@@ -1,9 +1,10 @@
-"""The development cluster from the command line: python3 -m devcluster <up|down|status|images|kubeconfig|env>."""
+"""The development cluster from the command line: python3 -m devcluster <up|down|status|images|kubeconfig|env|prefetch>."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from devcluster import controlplane, up
@@ -25,6 +26,7 @@ def main() -> int:
     load.add_argument("names", nargs="*", help="operator, trainer, inference; all of them if none is named")
     commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
     commands.add_parser("env", help="print shell commands that make kubectl and helm find the cluster")
+    commands.add_parser("prefetch", help="build the node's programs ahead of `up`; it may be ended at any time")
     arguments = parser.parse_args()
     # A shell of `su` finds neither nft nor modprobe, and the daemons inherit what it finds.
     os.environ["PATH"] = ADMINISTRATORS_PATH
@@ -47,6 +49,10 @@ def _run(arguments: argparse.Namespace) -> int:
             up.down()
         case "status":
             return up.status()
+        case "prefetch":
+            # So that the compiler's output folder is removed; what was compiled is kept, and `up` goes on from there.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+            up.prefetch()
         case "images":
             up.load_images(arguments.names)
         case "kubeconfig":

@@ -19,6 +19,9 @@ from devcluster.progress import say, seconds, step
 KIND_CLUSTER = "attune"
 TOOLS = ("kubectl", "helm")
 ROLLOUT_SECONDS = 300
+# A node starts with the first; the others are provided while it does.
+FIRST_PROGRAMS = (*node.PROGRAMS, "pause", "coredns")
+OTHER_PROGRAMS = ("versitygw", "prometheus", "helm")
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,11 @@ def _up_node() -> None:
     current = Node.default()
     # Compiling keeps the processors busy, images the network and the disk: side by side they take little longer.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        programs = pool.submit(binaries.ensure, [*node.PROGRAMS, "pause", "coredns"])
+        programs = pool.submit(binaries.ensure, FIRST_PROGRAMS)
         built = pool.submit(lambda: [images.build_for_node(recipe) for recipe in images.recipes(())])
         downloads = pool.submit(lambda: (artifacts.traefik(), artifacts.gateway_api()))
         programs.result()
-        rest = pool.submit(binaries.ensure, ["versitygw", "prometheus", "helm"])
+        rest = pool.submit(binaries.ensure, OTHER_PROGRAMS)
         current.start()
         images.load_built(current, images.pause, "pause")
         images.load_built(current, images.coredns, "CoreDNS")
@@ -140,6 +143,12 @@ def _up_node() -> None:
         images.load_built(current, images.prometheus, "Prometheus")
     apply_platform(current.kubectl)
     _wait_rollouts(current.kubectl, {"kube-system": "coredns"})
+
+
+def prefetch() -> None:
+    """Provide the programs that a node will need, where it is to be a node: what goes on while something else waits."""
+    if choose().kind == "node":
+        binaries.ensure([*FIRST_PROGRAMS, *OTHER_PROGRAMS])
 
 
 def ensure_packages() -> None:
