@@ -1,4 +1,4 @@
-"""The development cluster from the command line: python3 -m devcluster <up|down|status|images|kubeconfig|env|prefetch>."""
+"""The development cluster from the command line: python3 -m devcluster --help says what there is."""
 
 from __future__ import annotations
 
