@@ -314,7 +314,8 @@ def go_environment() -> dict[str, str]:
         "GOTOOLCHAIN": "local",
         "GOWORK": "off",
         # The compiler spends a fifth of its time collecting garbage that would fit into memory.
-        "GOGC": "300",
+        "GOGC": "off",
+        "GOMEMLIMIT": "2GiB",
     }
 
 
