@@ -1,5 +1,6 @@
 """The whole recipe: real processes under DeepSpeed's launcher, a real store, a tiny Whisper."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,13 +18,15 @@ import soundfile
 from attune.contract.exitcode import ExitCode
 from attune.contract.job import DatasetInput, FinetuneRecipe, JobSpec, Owner
 from attune.contract.result import FinetuneResult, Summary
-from attune.contract.training import Padding
+from attune.contract.training import Checkpointing, Distributed, Hyperparameters, Lora, Padding
 from attune_trainer.failures import OutOfMemory, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.progress import ProgressReporter
 from attune_trainer.recipes import finetune, prepare
 from attune_trainer.store import Store, digest_directory
+from attune_trainer.training.launch import TrainingProcesses
+from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
 from safetensors.numpy import load_file, save_file
 
 from tests.trainer.conftest import S3Server
@@ -224,6 +227,52 @@ def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_t
     newest = int(sealed[-1].split("/")[-2].split("-")[1])
     assert second.seen[0] <= newest
     assert result.model_digest == uninterrupted[0].model_digest
+
+
+def train_in_two_processes(folder: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Follows two training processes to their end; they validate on much before they train on little."""
+    spoken = []
+    for index, text in enumerate(WORDS):
+        file, samples = folder / f"{index}.wav", speak(text, index)
+        soundfile.write(file, samples, 16000, subtype="PCM_16")
+        spoken.append(TrainingUtterance(audio=file, text=text, seconds=len(samples) / 16000))
+    with TrainingProcesses(folder / "processes", 2) as processes:
+        processes.begin(
+            TrainingSettings(
+                base=build_tiny_whisper(folder / "base"),
+                base_uri="s3://attune/base",
+                model_id="ft:tiny:abcdef",
+                language="en",
+                train=tuple(spoken),
+                validation=tuple(spoken * 120),
+                lora=Lora(rank=4, alpha=8),
+                hyperparameters=Hyperparameters(epochs=1, batch_size=2),
+                padding=Padding.BUCKETS,
+                early_stopping=None,
+                checkpoint=Checkpointing(),
+                distributed=Distributed(processes_per_node=2),
+                fingerprint="f" * 64,
+                checkpoints=folder / "checkpoints",
+                resume=None,
+                output=folder / "output",
+                stop_file=processes.stop_file,
+            )
+        )
+        processes.follow(on_event, lambda: False)
+
+
+def test_of_two_processes_the_one_that_was_killed_gives_the_reason_and_not_the_other_one_that_lost_it(
+    tmp_path: Path,
+) -> None:
+    def kill_second(event: dict[str, Any]) -> None:
+        if event["kind"] == "progress" and event.get("percent", 0) > 10:
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if child.environ().get("RANK") == "1":
+                        child.kill()
+
+    with pytest.raises(OutOfMemory, match="maxBatchSeconds"):
+        train_in_two_processes(tmp_path, kill_second)
 
 
 def test_two_processes_share_the_work_and_the_optimiser(

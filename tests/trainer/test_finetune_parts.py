@@ -1,9 +1,12 @@
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -22,7 +25,7 @@ from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.events import EventReader, EventWriter
-from attune_trainer.training.launch import _check_exit_status, _environment
+from attune_trainer.training.launch import _check_exit_status, _environment, has_killed_child
 from attune_trainer.training.loader import BatchLoader
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
@@ -33,6 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import WhisperForConditionalGeneration
 
+from tests.trainer.server_process import wait_until
 from tests.trainer.test_prepare import good_audio, line, recipe, upload
 from tests.trainer.tiny_whisper import build_tiny_whisper
 
@@ -423,6 +427,17 @@ class TestProcesses:
     def test_a_process_that_the_kernel_killed_ran_out_of_memory(self, code: int) -> None:
         with pytest.raises(OutOfMemory, match=r"maxBatchSeconds.*batchSize.*memory"):
             _check_exit_status(code)
+
+    def test_a_child_that_the_kernel_killed_is_told_from_one_that_was_asked_to_end(self) -> None:
+        with subprocess.Popen(["sleep", "600"]) as asked, subprocess.Popen(["sleep", "600"]) as killed:
+            asked.terminate()
+            wait_until(lambda: psutil.Process(asked.pid).status() == psutil.STATUS_ZOMBIE)
+            assert not has_killed_child(os.getpid())
+            killed.kill()
+            wait_until(lambda: psutil.Process(killed.pid).status() == psutil.STATUS_ZOMBIE)
+            assert has_killed_child(os.getpid())
+        assert not has_killed_child(os.getpid())
+        assert not has_killed_child(killed.pid)
 
     def test_another_status_is_no_success(self) -> None:
         _check_exit_status(0)

@@ -1,6 +1,7 @@
 """Starts training processes under DeepSpeed's launcher, and makes of their end one outcome."""
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from attune_trainer.training.settings import TrainingSettings
 
 _log = logging.getLogger(__name__)
 
+# Of the launcher, which gives its child's on.
 _KILLED: Final = frozenset({-signal.SIGKILL, 256 - signal.SIGKILL, 128 + signal.SIGKILL})
 _POLL_SECONDS: Final = 0.2
 _END_SECONDS: Final = 45  # the launcher gives its children 30 s
@@ -83,11 +85,14 @@ class TrainingProcesses:
             RecipeFailure: when it failed; OutOfMemory also when the kernel killed a process.
         """
         last_words: dict[str, dict[str, Any]] = {}
-        ended = False
+        ended = killed = False
         while True:
             events = list(self._events.poll(0 if ended else _POLL_SECONDS))
             for event in events:
                 if event["kind"] in {"failed", "stopped"}:
+                    # Before the launcher has ended the others, with SIGKILL where they take long.
+                    if event["kind"] == "failed" and "failed" not in last_words:
+                        killed = has_killed_child(self._launcher.pid)
                     last_words.setdefault(event["kind"], event)
                 elif event["kind"] != "waiting":
                     on_event(event)
@@ -96,12 +101,20 @@ class TrainingProcesses:
             if stop_wanted():
                 self.stop_file.touch()
             ended = self._launcher.poll() is not None
+        self._conclude(last_words, killed=killed)
+
+    def _conclude(self, last_words: dict[str, dict[str, Any]], *, killed: bool) -> None:
+        """Raises what the end of the processes means, unless it is success."""
+        code = self._launcher.returncode
         if "failed" in last_words:
+            # The others fail because they no longer hear from the one that was killed.
+            if killed or code in _KILLED:
+                raise _killed()
             failed = last_words["failed"]
             raise RecipeFailure(ExitCode(failed["code"]), failed["reason"], failed["message"])
         if "stopped" in last_words:
             raise Terminated
-        _check_exit_status(self._launcher.returncode)
+        _check_exit_status(code)
 
     def __enter__(self) -> Self:
         return self
@@ -122,13 +135,28 @@ class TrainingProcesses:
 def _check_exit_status(code: int) -> None:
     """Explains the end of processes that could not explain it themselves."""
     if code in _KILLED:
-        raise OutOfMemory(
-            "a training process was killed, most likely for using more memory than its limit; lower "
-            "spec.hyperparameters.maxBatchSeconds or batchSize, or raise the memory in spec.resources.limits"
-        )
+        raise _killed()
     if code:
         message = f"training ended with status {code} and said nothing; the Job's log has its output"
         raise RecipeFailure(ExitCode.INTERNAL_ERROR, "TrainingCrashed", message)
+
+
+def _killed() -> OutOfMemory:
+    return OutOfMemory(
+        "a training process was killed, most likely for using more memory than its limit; lower "
+        "spec.hyperparameters.maxBatchSeconds or batchSize, or raise the memory in spec.resources.limits"
+    )
+
+
+def has_killed_child(parent: int) -> bool:
+    """Tells whether a child was ended by SIGKILL and its parent has not asked for its status yet (proc_pid_stat(5))."""
+    with contextlib.suppress(OSError):  # the parent may end at any time
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split():
+            # What stands before the last parenthesis is the program's name, and may be anything.
+            fields = Path(f"/proc/{child}/stat").read_bytes().rpartition(b")")[2].split()
+            if fields[0] == b"Z" and os.waitstatus_to_exitcode(int(fields[-1])) == -signal.SIGKILL:
+                return True
+    return False
 
 
 def _environment(processes: int) -> dict[str, str]:
