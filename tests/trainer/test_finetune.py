@@ -19,7 +19,7 @@ from attune.contract.exitcode import ExitCode
 from attune.contract.job import DatasetInput, FinetuneRecipe, JobSpec, Owner
 from attune.contract.result import FinetuneResult, Summary
 from attune.contract.training import Checkpointing, Distributed, Hyperparameters, Lora, Padding
-from attune_trainer.failures import OutOfMemory, RecipeFailure, Terminated
+from attune_trainer.failures import OutOfMemory, RecipeFailure, StoreUnavailable, Terminated
 from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.progress import ProgressReporter
@@ -227,6 +227,31 @@ def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_t
     newest = int(sealed[-1].split("/")[-2].split("-")[1])
     assert second.seen[0] <= newest
     assert result.model_digest == uninterrupted[0].model_digest
+
+
+def test_a_run_that_was_cut_off_while_it_published_trains_no_step_again(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    def lose(*_: object) -> None:
+        raise StoreUnavailable("StoreUnavailable", "the store did not answer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "_publish", lose)
+        with pytest.raises(StoreUnavailable):
+            run(make_context(recipe_for(key_prefix), work_directory=tmp_path / "first"))
+    second = Watcher(10**9, lambda: None)
+    result = run(
+        make_context(recipe_for(key_prefix), reporter=second, work_directory=tmp_path / "second", attempt_uid="two")
+    )
+    whole = uninterrupted[0]
+    assert second.seen == []
+    assert (result.steps, result.epochs, result.stopped_early) == (whole.steps, whole.epochs, whole.stopped_early)
+    assert (result.baseline_wer, result.wer) == (whole.baseline_wer, whole.wer)
+    assert (result.model_digest, result.adapter_digest) == (whole.model_digest, whole.adapter_digest)
 
 
 def train_in_two_processes(folder: Path, on_event: Callable[[dict[str, Any]], None]) -> None:

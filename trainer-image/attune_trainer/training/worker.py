@@ -170,8 +170,8 @@ class Training:
             except _StopRequested:
                 self._save_checkpoint()
                 raise
-            if self._state.epoch < self._parameters.epochs:
-                self._save_checkpoint()
+            # After the last epoch too: the pod may be lost while it merges or publishes.
+            self._save_checkpoint()
 
     def _train_epoch(self) -> None:
         state = self._state
