@@ -10,6 +10,7 @@ import psutil
 import pytest
 import soundfile
 import torch
+from attune.contract.exitcode import ExitCode
 from attune.contract.job import DatasetInput, PrepareRecipe, Split
 from attune.contract.training import EarlyStopping, Lora, Padding, Precision
 from attune_trainer.data.dataset import load_split
@@ -24,7 +25,7 @@ from attune_trainer.training import adapters, checkpoints
 from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
-from attune_trainer.training.events import EventReader, EventWriter
+from attune_trainer.training.events import EventReader, EventWriter, _cut
 from attune_trainer.training.launch import _check_exit_status, _environment, has_killed_child
 from attune_trainer.training.loader import BatchLoader
 from attune_trainer.training.objective import TranscriptionLoss
@@ -415,6 +416,20 @@ class TestProcesses:
             while events := list(reader.poll(0.1)):
                 received += [event["step"] for event in events]
         assert received == list(range(200))
+
+    @pytest.mark.parametrize("character", ["x", "\u0939", "\x00", "\U0001f600"])
+    def test_a_failure_arrives_however_long_and_in_whatever_script_it_is(self, tmp_path: Path, character: str) -> None:
+        failure = RecipeFailure(ExitCode.INVALID_INPUT, "R" * 64, f"a{character * 5000}")
+        with EventReader(tmp_path / "pipe") as reader:
+            EventWriter(tmp_path / "pipe").send_failure(failure)
+            (event,) = reader.poll(1)
+        assert (event["kind"], event["code"], event["reason"]) == ("failed", ExitCode.INVALID_INPUT, failure.reason)
+        assert failure.message.startswith(event["message"])
+        assert len(event["message"]) > 250
+
+    @pytest.mark.parametrize(("room", "left"), [(7, "a\xe9"), (6, "a"), (0, "")])
+    def test_a_message_is_cut_between_characters(self, room: int, left: str) -> None:
+        assert _cut("a\xe9", room) == left
 
     def test_a_writer_without_a_reader_fails(self, tmp_path: Path) -> None:
         reader = EventReader(tmp_path / "pipe")

@@ -7,11 +7,15 @@ import json
 import os
 import select
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from attune_trainer.failures import RecipeFailure
+
 _LINE_BYTES: Final = 4096  # POSIX writes no more than PIPE_BUF bytes as one; Linux has 4096
+_MESSAGE_BYTES: Final = 3072
 
 
 class EventWriter:
@@ -31,6 +35,20 @@ class EventWriter:
         if len(line) > _LINE_BYTES:
             raise ValueError(f"an event of {len(line)} bytes; {_LINE_BYTES} are kept in one piece")
         os.write(self._file, line)
+
+    def send_failure(self, failure: RecipeFailure) -> None:
+        """Sends why a run failed; of a message that is too long, as much as there is room for."""
+        message = _cut(failure.message, _MESSAGE_BYTES)
+        self.send("failed", code=int(failure.code), reason=failure.reason, message=message)
+
+
+def _cut(text: str, room: int) -> str:
+    """Gives the longest beginning of whole characters that takes at most so many bytes in JSON.
+
+    _cut("aé", 7) -> "aé", because "é" is written in six; _cut("aé", 6) -> "a".
+    """
+    ends = accumulate(len(json.dumps(character)) - 2 for character in text)
+    return text[: sum(end <= room for end in ends)]
 
 
 class EventReader:

@@ -457,7 +457,7 @@ def main(arguments: list[str]) -> int:
         failure = from_exception(error, "finetune")
         if failure.code is ExitCode.INTERNAL_ERROR:
             _log.exception("training failed")
-        events.send("failed", code=int(failure.code), reason=failure.reason, message=failure.message[:1024])
+        events.send_failure(failure)
         return int(failure.code)
     return 0
 
