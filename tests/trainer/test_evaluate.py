@@ -177,6 +177,30 @@ def test_what_was_heard_before_is_not_heard_again(
     assert float(second.leaderboard[0].wer) > float(first.leaderboard[0].wer)  # same address, another model
 
 
+def test_a_model_of_known_digest_that_was_heard_before_is_not_even_fetched(
+    s3_store: Store,
+    corpus: DatasetInput,
+    key_prefix: str,
+    make_context: MakeContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attune, "__version__", key_prefix)
+    model = {"uri": s3_store.upload_directory(ensure_mini_model(), f"{key_prefix}/model")}
+    model["digest"] = digest_directory(ensure_mini_model())
+    asked = recipe(corpus, {"base": model["uri"]}, key_prefix, candidates=[{"name": "base", "model": model}])
+    result = run(make_context(asked))
+    for key in s3_store.list(f"{key_prefix}/model/"):
+        s3_store.delete(key)
+    assert run(make_context(asked)) == result
+    # One that was not heard before has to be there, and to be what it is said to be.
+    model["digest"] = f"sha256:{'0' * 64}"
+    with pytest.raises(RecipeFailure, match="candidate base: there is no model"):
+        run(make_context(asked))
+    s3_store.upload_directory(ensure_mini_model(), f"{key_prefix}/model")
+    with pytest.raises(RecipeFailure, match=r"candidate base: the files of .* were changed"):
+        run(make_context(asked))
+
+
 def test_the_report_holds_figures_and_no_transcript(
     s3_store: Store,
     uploaded: dict[str, str],

@@ -126,18 +126,22 @@ def _measure(
     """Lets one candidate hear the split, or reads what this very model heard before; a failure names the candidate.
 
     What was heard lies beside the Dataset's revision, so that an attempt that was cut off goes on where it was, and
-    another Evaluation of the same model on the same split need not hear it again.
+    another Evaluation of the same model on the same split need not hear it again; nor fetch it, where the candidate
+    names its digest.
     """
     try:
         context.reporter.update(stage="LoadingModel", percent=_begun(recipe, position))
-        folder = fetch_model(
-            context.store, candidate.model.uri, context.directory("models") / str(position), candidate.model.digest
-        )
-        question = _question(recipe, candidate.model.digest or digest_directory(folder))
+        folder, digest = context.directory("models") / str(position), candidate.model.digest
+        fetched = digest is None
+        if digest is None:
+            digest = digest_directory(fetch_model(context.store, candidate.model.uri, folder))
+        question = _question(recipe, digest)
         name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
         key = f"{recipe.dataset.uri.rstrip('/')}/measured/{name}.json"
         heard = _read_measured(context, key, question)
         if heard is None:
+            if not fetched:
+                fetch_model(context.store, candidate.model.uri, folder, digest)
             heard = _transcribe_all(candidate, folder, position, recipe, context, utterances, references, language)
             context.publish(key, {"question": question, "heard": _HEARD.dump_python(heard, mode="json")})
         shutil.rmtree(folder, ignore_errors=True)
