@@ -275,6 +275,36 @@ def test_a_directory_takes_folders_for_speakers(
         assert read_audio(s3_store, one, tmp_path / "cache").size == round(one.seconds * 16000)
 
 
+@pytest.mark.parametrize("harm", ["cut off", "other audio", "other rate", "no audio", "empty"])
+def test_audio_that_is_not_what_its_name_says_is_refused(
+    s3_store: Store, key_prefix: str, make_context: MakeContext, tmp_path: Path, harm: str
+) -> None:
+    upload(s3_store, f"{key_prefix}/in", [line(number) for number in range(20)], good_audio(20))
+    context = make_context(recipe(key_prefix))
+    result = run(context)
+    good, bad = load_split(s3_store, dataset(result), Split.TRAIN)[:2]
+    content = s3_store.read_bytes(bad.audio_key)
+    samples, _ = soundfile.read(io.BytesIO(content), dtype="int16")
+    harmed = {
+        "cut off": content[: len(content) // 2],
+        "other audio": s3_store.read_bytes(good.audio_key),
+        "other rate": wav(samples, 8000, "FLAC"),
+        "no audio": b"<html>",
+        "empty": b"",
+    }
+    s3_store.write_bytes(bad.audio_key, harmed[harm])
+    cache = tmp_path / "cache"
+    for fetch in (lambda: fetch_audio(s3_store, [good, bad], cache), lambda: read_audio(s3_store, bad, cache)):
+        with pytest.raises(RecipeFailure, match=f"{bad.audio_digest}.flac.*remove it and prepare") as caught:
+            fetch()
+        assert (caught.value.code, caught.value.reason) == (ExitCode.INVALID_INPUT, "AudioDamaged")
+    # What is left of it in the cache would be trusted.
+    assert [file.stem for file in cache.rglob("*") if file.is_file()] == [good.audio_digest]
+    s3_store.delete(bad.audio_key)
+    assert run(context) == result
+    assert s3_store.read_bytes(bad.audio_key) == content
+
+
 def test_a_key_that_looks_like_an_address_is_read_from_its_own_bucket(s3_store: Store, key_prefix: str) -> None:
     elsewhere = s3_store.write_bytes(f"{key_prefix}/secret.txt", b"not theirs")
     opened = open_source(0, PrepareSource(uri="s3://attune", format=SourceFormat.DIRECTORY), s3_store)

@@ -151,21 +151,12 @@ def write_utterance_line(utterance: Utterance) -> str:
 def read_audio(store: Store, utterance: Utterance, cache_directory: Path) -> NDArray[np.float32]:
     """Gives an utterance's samples: mono float32 in [-1, 1) at 16 kHz, shape (samples,).
 
-    The file is downloaded once and kept in the cache directory.
+    The file is downloaded and verified once, and kept in the cache directory.
 
     Raises:
         RecipeFailure: AudioDamaged, or the store's.
     """
-    path = _fetch(store, utterance, cache_directory)
-    try:
-        samples, rate = soundfile.read(path, dtype="float32")
-    except soundfile.LibsndfileError as error:
-        raise InvalidInput(
-            "AudioDamaged", f"{utterance.audio_key} is no readable FLAC; prepare the Dataset anew"
-        ) from error
-    if rate != SAMPLE_RATE or samples.ndim != 1:
-        raise InvalidInput("AudioDamaged", f"{utterance.audio_key} is not mono at 16 kHz; prepare the Dataset anew")
-    audio: NDArray[np.float32] = samples
+    audio: NDArray[np.float32] = soundfile.read(_fetch(store, utterance, cache_directory), dtype="float32")[0]
     return audio
 
 
@@ -175,13 +166,16 @@ def fetch_audio(
     cache_directory: Path,
     on_fetched: Callable[[int], None] | None = None,
 ) -> None:
-    """Downloads what the cache directory lacks, several files at a time.
+    """Downloads and verifies what the cache directory lacks, several files at a time.
 
     Args:
         store: where the audio is.
         utterances: whose audio is wanted.
         cache_directory: what read_audio is given as well.
         on_fetched: told how many are there, after each.
+
+    Raises:
+        RecipeFailure: AudioDamaged, or the store's.
     """
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="audio") as pool:
         for done, _ in enumerate(pool.map(lambda one: _fetch(store, one, cache_directory), utterances), start=1):
@@ -216,9 +210,29 @@ def _fetch(store: Store, utterance: Utterance, cache_directory: Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{uuid.uuid4().hex}.part")
-        partial.write_bytes(store.read_bytes(utterance.audio_key))
+        content = store.read_bytes(utterance.audio_key)
+        _verify(content, utterance)
+        partial.write_bytes(content)
         partial.replace(path)
     return path
+
+
+def _verify(content: bytes, utterance: Utterance) -> None:
+    """Compares audio with the digest that it is named by.
+
+    Raises:
+        InvalidInput: AudioDamaged.
+    """
+    try:
+        samples, rate = soundfile.read(io.BytesIO(content), dtype="int16")
+    except soundfile.LibsndfileError:
+        samples, rate = np.empty(0, dtype=np.int16), 0
+    if rate != SAMPLE_RATE or samples.ndim != 1 or digest_samples(samples) != utterance.audio_digest:
+        raise InvalidInput(
+            "AudioDamaged",
+            f"{utterance.audio_key} was changed or cut off since it was prepared; remove it and prepare the Dataset "
+            "anew",
+        )
 
 
 def _read(store: Store, dataset: DatasetInput, name: str) -> bytes:
