@@ -230,6 +230,33 @@ def test_memory_that_ran_out_says_what_to_lower() -> None:
     assert failures.from_exception(RuntimeError("other"), "evaluate").code is ExitCode.INTERNAL_ERROR
 
 
+def test_a_disk_that_is_full_says_what_to_raise(tmp_path: Path) -> None:
+    import torch  # noqa: PLC0415 (of the whole module only the test before this one needs it too)
+
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")  # what replaced a file instead of writing to it would replace the link
+
+    def write() -> None:
+        full.write_bytes(b"x")
+
+    def fetch() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise RuntimeError("not fetched") from error
+
+    def save() -> None:
+        torch.save({"weights": torch.zeros(1 << 20)}, full)
+
+    for fill in (write, fetch, save):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            fill()
+        failure = failures.from_exception(caught.value, "finetune")
+        assert (failure.code, failure.reason) == (ExitCode.INVALID_INPUT, "EphemeralStorageFull")
+        assert "ephemeral-storage in spec.resources.requests" in failure.message
+    assert failures.from_exception(PermissionError("other"), "finetune").code is ExitCode.INTERNAL_ERROR
+
+
 @pytest.mark.parametrize("character", ["x", "\u0939", "\x00", "\U0001f600"])
 def test_a_failure_always_fits_in_a_termination_message(character: str) -> None:
     rejections = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attune.contract.exitcode import ExitCode
-from attune_trainer.failures import RecipeFailure
+from attune_trainer.failures import RecipeFailure, from_exception
 from attune_trainer.store import Store, StoredObject, digest_directory, fetch_model
 from safetensors.numpy import save_file
 
@@ -109,6 +109,18 @@ def test_a_hub_out_of_reach_is_said_to_be(s3_store: Store, tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with fails_with(ExitCode.STORE_UNAVAILABLE, "HubUnavailable"):
         fetch_model(s3_store, "hf://openai/whisper-tiny.en@main", tmp_path / "m")
+
+
+def test_a_disk_that_a_model_fills_is_not_taken_for_a_hub_out_of_reach(
+    s3_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object, **__: object) -> None:
+        Path("/dev/full").write_bytes(b"x")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fill)
+    with pytest.raises(OSError, match="No space left") as caught:
+        fetch_model(s3_store, "hf://openai/whisper-tiny.en@main", tmp_path / "m")
+    assert from_exception(caught.value, "evaluate").reason == "EphemeralStorageFull"
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(s3_store: Store, key_prefix: str, tmp_path: Path) -> None:

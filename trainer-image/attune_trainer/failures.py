@@ -1,6 +1,7 @@
 """What can go wrong in a recipe, as an exit code, a reason, and a message that says what to change."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -81,6 +82,18 @@ class OutOfMemory(RecipeFailure):
 
     def __init__(self, message: str) -> None:
         super().__init__(ExitCode.OUT_OF_MEMORY, "OutOfMemory", message)
+
+
+class DiskFull(RecipeFailure):
+    """The work needs more disk than there is; another attempt would fill it again."""
+
+    def __init__(self, recipe: str) -> None:
+        super().__init__(
+            ExitCode.INVALID_INPUT,
+            "EphemeralStorageFull",
+            f"{recipe} has filled the disk of its node: raise ephemeral-storage in spec.resources.requests, so that "
+            "its pod gets a node with room for it, and in spec.resources.limits where it is bounded there",
+        )
 
 
 class UnsupportedModel(RecipeFailure):
@@ -172,6 +185,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+# Rust libraries give the system's words; torch, which streams its files, not even these.
+_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tells whether an exception, or one that led to it, means that there is no room left on a disk."""
+    reached: BaseException | None = error
+    while reached is not None:
+        if isinstance(reached, OSError) and reached.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return True
+        if any(words in str(reached) for words in _DISK_FULL):
+            return True
+        reached = reached.__cause__ or reached.__context__
+    return False
+
+
 def from_exception(error: BaseException, recipe: str) -> RecipeFailure:
     """Turns whatever ended a recipe into a failure; what is unknown becomes InternalError with its type only."""
     if isinstance(error, RecipeFailure):
@@ -179,6 +208,8 @@ def from_exception(error: BaseException, recipe: str) -> RecipeFailure:
     if is_out_of_memory(error):
         hint = _WHAT_TO_LOWER.get(recipe, "raise the memory in spec.resources.limits")
         return OutOfMemory(f"{recipe} ran out of memory: {hint}")
+    if is_disk_full(error):
+        return DiskFull(recipe)
     return RecipeFailure(
         ExitCode.INTERNAL_ERROR,
         "InternalError",

@@ -23,7 +23,7 @@ from minio import Minio
 from minio.credentials.providers import IamAwsProvider
 from minio.error import S3Error, ServerError
 
-from attune_trainer.failures import AccessDenied, InvalidInput, NotFound, StoreUnavailable, store_errors
+from attune_trainer.failures import AccessDenied, InvalidInput, NotFound, StoreUnavailable, is_disk_full, store_errors
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -445,6 +445,8 @@ def _fetch_from_hub(uri: str, directory: Path) -> None:
     except HFValidationError as error:
         raise InvalidInput("InvalidUri", f"{uri} is no hf://organisation/name[@revision]") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if is_disk_full(error):
+            raise
         raise StoreUnavailable(
             "HubUnavailable",
             f"the model hub did not answer for {uri} ({type(error).__name__}); where there is no way out to it, "
