@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,6 +128,27 @@ class TestTranscribe:
         assert set(known) == {"de", "en"}
         tokens = whisper.tokenizer.convert_ids_to_tokens(whisper.prompt(known["de"]))
         assert tokens == ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+
+    @pytest.mark.parametrize(("own", "languages"), [(None, ("en",)), ("ta", ("ta",))])
+    def test_a_model_of_one_language_may_be_told_its_own(
+        self, english: Path, tmp_path: Path, own: str | None, languages: tuple[str, ...]
+    ) -> None:
+        shutil.copytree(english, tmp_path / "model")
+        write_artifact(tmp_path / "model", Artifact(padding=Padding.WINDOW, language=own))
+        assert load_recognizer(tmp_path / "model", "cpu").languages == languages
+
+    def test_a_multilingual_model_may_be_told_every_language_that_it_has_a_token_for(self, multilingual: Path) -> None:
+        assert load_recognizer(multilingual, "cpu").languages == ("de", "en")
+
+    @pytest.mark.parametrize(
+        ("seconds", "padded", "bucketed_padded"),
+        [(0, 10, 1.5), (3, 10, 4), (10, 10, 10), (10.5, 20, 11.5), (20, 20, 20), (21, 30, 21.5)],
+    )
+    def test_a_clip_that_fills_the_window_is_one_window(
+        self, english: Path, bucketed: Path, seconds: float, padded: float, bucketed_padded: float
+    ) -> None:
+        assert load_recognizer(english, "cpu").padded_seconds(seconds) == padded
+        assert load_recognizer(bucketed, "cpu").padded_seconds(seconds) == bucketed_padded
 
     def test_an_english_model_is_prompted_with_neither_language_nor_task(self, english: Path) -> None:
         whisper = load_whisper(english)

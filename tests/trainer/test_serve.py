@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import soundfile
 from attune_trainer.modeling import load_recognizer
-from attune_trainer.recipes.serve import read_languages
 from attune_trainer.store import digest_directory
 
 from tests.assets.mini_model import ensure_mini_corpus, ensure_mini_model
@@ -306,22 +305,6 @@ def test_a_model_that_cannot_be_served_ends_the_process_with_its_reason(
     with start_server(s3_server, tmp_path, uri, wait=False, ATTUNE_MODEL_DIGEST=digest) as server:
         assert server.process.wait(timeout=300) == status
     assert json.loads(server.termination_message.read_text())["failure"]["reason"] == reason
-
-
-@pytest.mark.parametrize(
-    ("config", "own", "languages"),
-    [
-        ({"is_multilingual": False, "lang_to_id": {"<|de|>": 1}}, None, ("en",)),
-        ({"is_multilingual": True, "lang_to_id": {"<|en|>": 1, "<|de|>": 2}}, "de", ("de", "en")),
-        ({}, None, ("en",)),
-        ({}, "ta", ("ta",)),
-    ],
-)
-def test_the_languages_of_a_model_are_read_from_its_folder(
-    tmp_path: Path, config: dict[str, object], own: str | None, languages: tuple[str, ...]
-) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert read_languages(tmp_path, own) == languages
 
 
 TRAFFIC = Path(__file__).parents[2] / "examples/telephone-prompts/traffic.py"

@@ -94,6 +94,11 @@ class Recognizer:
         """The name that the model was given when it was tuned."""
         return self.artifact.model_id
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The ISO 639-1 codes that it may be told, sorted; of a model that is told none, its own, else English."""
+        return tuple(sorted(self._whisper.languages())) or (self.artifact.language or "en",)
+
     @cached_property
     def model_digest(self) -> str:
         """The digest of the model's folder: sha256:<64 hexadecimal digits>."""
@@ -110,6 +115,14 @@ class Recognizer:
     @property
     def _vocabulary(self) -> int:
         return int(self._whisper.config.vocab_size)
+
+    def padded_seconds(self, seconds: float) -> float:
+        """Gives what a clip's length becomes: its bucket, after as many whole windows as are cut off before.
+
+        With a window of 30 s and padding to it: 3 -> 30, 30 -> 30, 31 -> 60.
+        """
+        whole = max(0, math.ceil(seconds / self.window_seconds) - 1) * self.window_seconds
+        return whole + choose_bucket(seconds - whole, self.buckets)
 
     def warm_up(self) -> None:
         """Runs the shortest and the longest padding once, so that the first request meets warm allocators."""

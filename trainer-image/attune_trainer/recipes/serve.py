@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import uvicorn
 from attune.contract.environment import WORK_DIRECTORY_VARIABLE
@@ -65,7 +64,6 @@ def load_model(settings: ServeSettings, directory: Path) -> LoadedModel:
     import torch  # noqa: PLC0415
 
     from attune_trainer.modeling import load_recognizer  # noqa: PLC0415
-    from attune_trainer.modeling.buckets import choose_bucket  # noqa: PLC0415
 
     torch.set_num_threads(usable_processors(os.environ))
     imported = monotonic()
@@ -86,32 +84,13 @@ def load_model(settings: ServeSettings, directory: Path) -> LoadedModel:
     def transcribe(samples: list[Samples], language: str | None) -> list[str]:
         return recognizer.transcribe(samples, settings.max_batch_utterances, language)
 
-    def padded_seconds(seconds: float) -> float:
-        whole, rest = divmod(seconds, recognizer.window_seconds)
-        return whole * recognizer.window_seconds + choose_bucket(rest, recognizer.buckets)
-
     device_bound = _GPU_BATCH_SECONDS if recognizer.device.type == "cuda" else _CPU_BATCH_SECONDS
     return LoadedModel(
         transcribe,
-        padded_seconds,
+        recognizer.padded_seconds,
         settings.max_batch_seconds or device_bound,
-        read_languages(path, recognizer.artifact.language),
+        recognizer.languages,
     )
-
-
-def read_languages(model_directory: Path, own_language: str | None = None) -> tuple[str, ...]:
-    """Reads from generation_config.json which languages a model can be told, as sorted ISO 639-1 codes.
-
-    A multilingual Whisper lists them under "lang_to_id" as "<|de|>"; one without them transcribes its own language
-    only, which is English unless its artifact says otherwise.
-    """
-    try:
-        config: dict[str, Any] = json.loads((model_directory / "generation_config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    if config.get("is_multilingual") is not False and config.get("lang_to_id"):
-        return tuple(sorted(str(token).strip("<|>") for token in config["lang_to_id"]))
-    return (own_language or "en",)
 
 
 class _Server(uvicorn.Server):
