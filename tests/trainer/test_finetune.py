@@ -254,8 +254,13 @@ def test_a_run_that_was_cut_off_while_it_published_trains_no_step_again(
     assert (result.model_digest, result.adapter_digest) == (whole.model_digest, whole.adapter_digest)
 
 
-def train_in_two_processes(folder: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """Follows two training processes to their end; they validate on much before they train on little."""
+def train_in_two_processes(
+    folder: Path,
+    validation: int,
+    on_event: Callable[[dict[str, Any]], None],
+    stop_wanted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Follows two training processes to their end; before they train, they validate on so many utterances."""
     spoken = []
     for index, text in enumerate(WORDS):
         file, samples = folder / f"{index}.wav", speak(text, index)
@@ -269,9 +274,9 @@ def train_in_two_processes(folder: Path, on_event: Callable[[dict[str, Any]], No
                 model_id="ft:tiny:abcdef",
                 language="en",
                 train=tuple(spoken),
-                validation=tuple(spoken * 120),
+                validation=tuple(spoken[index % len(spoken)] for index in range(validation)),
                 lora=Lora(rank=4, alpha=8),
-                hyperparameters=Hyperparameters(epochs=1, batch_size=2),
+                hyperparameters=Hyperparameters(epochs=50, batch_size=2),
                 padding=Padding.BUCKETS,
                 early_stopping=None,
                 checkpoint=Checkpointing(),
@@ -283,21 +288,28 @@ def train_in_two_processes(folder: Path, on_event: Callable[[dict[str, Any]], No
                 stop_file=processes.stop_file,
             )
         )
-        processes.follow(on_event, lambda: False)
+        processes.follow(on_event, stop_wanted)
 
 
 def test_of_two_processes_the_one_that_was_killed_gives_the_reason_and_not_the_other_one_that_lost_it(
     tmp_path: Path,
 ) -> None:
     def kill_second(event: dict[str, Any]) -> None:
-        if event["kind"] == "progress" and event.get("percent", 0) > 10:
+        if event.get("step", 0) > 0:
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     if child.environ().get("RANK") == "1":
                         child.kill()
 
     with pytest.raises(OutOfMemory, match="maxBatchSeconds"):
-        train_in_two_processes(tmp_path, kill_second)
+        train_in_two_processes(tmp_path, 33, kill_second)  # 17 and 16: the first has a chunk more
+
+
+def test_two_processes_end_in_the_middle_of_a_validation_when_they_are_asked_to(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    with pytest.raises(Terminated):
+        train_in_two_processes(tmp_path, 960, told.append, lambda: any(one.get("percent", 0) > 10 for one in told))
+    assert {event["kind"] for event in told} == {"progress"}  # no baseline: that would have been heard to its end
 
 
 def test_two_processes_share_the_work_and_the_optimiser(

@@ -273,8 +273,10 @@ class Training:
         mine = sorted(self._settings.validation, key=lambda one: one.seconds)[self._rank :: self._processes]
         self._whisper.model.eval()
         counts = ErrorCounts()
-        for start in range(0, len(mine), _VALIDATION_CHUNK):
-            if self._stop_wanted() and self._processes == 1:
+        # Of the largest share, so that all processes ask each other equally often.
+        share = -(-len(self._settings.validation) // self._processes)
+        for start in range(0, share, _VALIDATION_CHUNK):
+            if self._agree_to_stop():
                 raise _StopRequested
             chunk = mine[start : start + _VALIDATION_CHUNK]
             texts = recognizer.transcribe([read_samples(one) for one in chunk])
@@ -289,7 +291,7 @@ class Training:
                 ]
             )
             low, high = percent
-            self._tell("progress", percent=low + (high - low) * (start + len(chunk)) / len(mine))
+            self._tell("progress", percent=low + (high - low) * (start + len(chunk)) / share)
         sums = torch.tensor([counts.errors, counts.words], dtype=torch.double, device=self._device)
         if self._processes > 1:
             torch.distributed.all_reduce(sums)
@@ -401,6 +403,14 @@ class Training:
 
     def _stop_wanted(self) -> bool:
         return self._signalled or self._settings.stop_file.exists()
+
+    def _agree_to_stop(self) -> bool:
+        """Tells every process whether any was asked to end; all of them have to call this at the same point."""
+        if self._processes == 1:
+            return self._stop_wanted()
+        asked = torch.tensor(float(self._stop_wanted()), device=self._device)
+        torch.distributed.all_reduce(asked)
+        return bool(asked > 0)
 
     def _tell_stage(self, stage: str, **fields: Any) -> None:
         self._tell("progress", stage=stage, **fields)
