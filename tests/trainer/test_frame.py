@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from attune_trainer.recipes import COMMANDS, RECIPES
 from attune_trainer.store import Store
 
 from .conftest import S3Server, free_port, read_summary
+from .server_process import wait_until
 from .test_prepare import good_audio, line, recipe, tone, upload, wav
 
 PRIVATE_TEXT = "the caller said something private"
@@ -153,12 +152,6 @@ def fetch(port: int, path: str) -> str:
         return str(answer.read().decode())
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-
-
 def test_sigterm_ends_with_143_and_the_next_attempt_finishes(
     s3_store: Store, key_prefix: str, job_environment: dict[str, str]
 ) -> None:
@@ -179,7 +172,7 @@ def test_sigterm_ends_with_143_and_the_next_attempt_finishes(
                 return False
             return bool(progress["stage"] == "Decoding" and progress["step"] >= 1)
 
-        wait_for(decoding)
+        wait_until(decoding, 300)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=300)
     finally:
