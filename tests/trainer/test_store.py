@@ -60,6 +60,16 @@ def test_a_directory_goes_up_and_comes_back(s3_store: Store, key_prefix: str, tm
         s3_store.download_prefix(f"{key_prefix}/u", tmp_path / "other")  # a folder, not any name that begins alike
 
 
+def test_a_listing_goes_on_beyond_the_thousand_keys_that_one_answer_holds(
+    s3_store: Store, key_prefix: str, tmp_path: Path
+) -> None:
+    names = [f"{number:04d}" for number in range(1005)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    s3_store.upload_directory(tmp_path, key_prefix)
+    assert s3_store.list(f"{key_prefix}/") == [f"{key_prefix}/{name}" for name in names]
+
+
 def test_digest_is_of_names_and_contents_alone(model: Path) -> None:
     digest = digest_directory(model)
     lines = [
