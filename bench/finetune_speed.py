@@ -1,9 +1,10 @@
 """Fine-tuning speed beside the usual recipe: transformers' Seq2SeqTrainer and peft, every clip padded to 30 s.
 
 Both tune whisper-tiny.en on the same telephone prompts with the same adapters, learning rate and number of epochs, one
-after the other, on all cores. Speed is seconds of unpadded audio per second of training: the loop alone, without
-loading, validation or export; the usual recipe's features are made before its clock starts, Attune's while it runs.
-Word error rate is the holdout's, each model as it is served: the usual one padded to 30 s, Attune's in length buckets.
+after the other, on all cores, in the same precision: bf16 where the machine computes in it, otherwise fp32. Speed is
+seconds of unpadded audio per second of training: the loop alone, without loading, validation or export; the usual
+recipe's features are made before its clock starts, Attune's while it runs. Word error rate is the holdout's, each model
+as it is served: the usual one padded to 30 s, Attune's in length buckets.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import soundfile
 from attune.contract.job import Split
-from attune.contract.training import Checkpointing, Distributed, Hyperparameters, Lora, Padding
+from attune.contract.training import Checkpointing, Distributed, Hyperparameters, Lora, Padding, Precision
 from attune_trainer.data.audio import decode_audio
 from attune_trainer.data.splitting import SplitItem, divide
 from attune_trainer.scoring.errors import count_errors, total
@@ -94,6 +95,7 @@ def tune_with_attune(base: Path, splits: Splits, folder: Path, epochs: int) -> t
                     weight_decay=str(WEIGHT_DECAY),
                     warmup_ratio=str(WARMUP_RATIO),
                     seed=SEED,
+                    precision=Precision.AUTO,
                 ),
                 padding=Padding.BUCKETS,
                 early_stopping=None,
@@ -111,9 +113,10 @@ def tune_with_attune(base: Path, splits: Splits, folder: Path, epochs: int) -> t
 
 
 def tune_as_usual(base: Path, train: list[TrainingUtterance], folder: Path, epochs: int) -> None:
-    """Tunes with Seq2SeqTrainer; writes the merged model and speed.json. Runs in a process of its own."""
+    """Tunes with Seq2SeqTrainer; writes the merged model and usual.json. Runs in a process of its own."""
     # Imported here: only this process needs them.
     import torch  # noqa: PLC0415
+    from attune_trainer.training.arithmetic import wants_bf16  # noqa: PLC0415
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoTokenizer as Tokenizer  # noqa: PLC0415
     from transformers import (  # noqa: PLC0415
@@ -124,6 +127,8 @@ def tune_as_usual(base: Path, train: list[TrainingUtterance], folder: Path, epoc
     )
 
     torch.manual_seed(SEED)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = wants_bf16(Precision.AUTO, device)  # as Attune's own processes decide
     extractor = WhisperFeatureExtractor.from_pretrained(base)
     tokenizer = Tokenizer.from_pretrained(base)
     network = WhisperForConditionalGeneration.from_pretrained(base, attn_implementation="sdpa")
@@ -161,6 +166,8 @@ def tune_as_usual(base: Path, train: list[TrainingUtterance], folder: Path, epoc
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=1.0,
         seed=SEED,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
         save_strategy="no",
         logging_steps=10,
         report_to="none",
@@ -175,7 +182,8 @@ def tune_as_usual(base: Path, train: list[TrainingUtterance], folder: Path, epoc
     tokenizer.save_pretrained(folder / "merged")
     extractor.save_pretrained(folder / "merged")
     speed = epochs * sum(utterance.seconds for utterance in train) / seconds
-    (folder / "speed.json").write_text(json.dumps(speed), encoding="utf-8")
+    outcome = {"speed": speed, "precision": "bf16" if bf16 else "fp32"}
+    (folder / "usual.json").write_text(json.dumps(outcome), encoding="utf-8")
 
 
 def measure_wer(model: Path, holdout: list[TrainingUtterance]) -> float:
@@ -241,12 +249,16 @@ def compare(folder: Path, epochs: int) -> None:
         ],
         check=True,
     )
-    usual_speed = float(json.loads((usual / "speed.json").read_text(encoding="utf-8")))
+    outcome = json.loads((usual / "usual.json").read_text(encoding="utf-8"))
+    usual_speed = float(outcome["speed"])
     say("both transcribe the holdout")
     our_wer, usual_wer = measure_wer(ours, holdout), measure_wer(usual / "merged", holdout)
 
     times = our_speed / usual_speed
-    beside = f"Seq2SeqTrainer + peft, padded to 30 s, {epochs} epochs each, clips of {audio / len(train):.1f} s"
+    beside = (
+        f"Seq2SeqTrainer + peft, padded to 30 s, {epochs} epochs each, both in {outcome['precision']}, "
+        f"clips of {audio / len(train):.1f} s"
+    )
     unit = "audio-seconds per second"
     report(
         "finetune-speed",
