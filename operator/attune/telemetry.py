@@ -11,6 +11,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from attune.api.canary import Outcome
+
 _BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -48,6 +50,9 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        for outcome in Outcome:
+            # A series that appears with its first count has no beginning to compute an increase from.
+            self.rollouts.labels(outcome)
         self.depth = Gauge("attune_workqueue_depth", "Resources that are due to be looked at.", registry=self.registry)
         self.oldest = Gauge(
             "attune_workqueue_oldest_seconds",

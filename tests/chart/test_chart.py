@@ -315,7 +315,6 @@ def exported() -> set[str]:
     operator.reconciles.labels("Dataset", "changed")
     operator.duration.labels("Dataset")
     operator.errors.labels("Dataset", "Unavailable")
-    operator.rollouts.labels("Promoted")
     text = generate_latest(operator.registry).decode()
     names = set(re.findall(r"^([a-z_]+)(?:\{| )", text, flags=re.MULTILINE))
     return names | {value for value in vars(metrics).values() if isinstance(value, str)}
