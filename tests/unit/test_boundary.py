@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from attune.adapters.cluster import Object, ResourceType
-from attune.api.canary import ArmStatus
+from attune.api.canary import ArmStatus, CanaryStatus, HistoryEntry
+from attune.api.canary import Outcome as RolloutOutcome
 from attune.domain.actions import Plan
 from attune.reconcile.boundary import UNKNOWN_ATTEMPTS, Outcome, reconcile
 from attune.reconcile.dispatch import RECONCILERS
@@ -14,6 +15,7 @@ from attune.reconcile.queue import Key
 from attune.settings import Settings
 
 from tests.reconcile.samples import DATASET, PREPARED
+from tests.unit.canary_world import build_canary
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 KEY = Key("Dataset", "team", "calls")
@@ -92,3 +94,27 @@ def test_models_own_error_is_the_operators_and_not_the_specs(monkeypatch: pytest
     assert shelf.statuses == []
     assert look(shelf, UNKNOWN_ATTEMPTS - 1).look_again_seconds is None
     assert {one["type"]: one["reason"] for one in shelf.statuses[0]["conditions"]}["Ready"] == "InternalError"
+
+
+def test_a_rollout_that_was_tried_again_is_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(started: str) -> HistoryEntry:
+        return HistoryEntry(
+            id="abcdef0123",
+            revision="r",
+            model_id="bad",
+            outcome=RolloutOutcome.ROLLED_BACK,
+            reason="WordErrorRateTooHigh",
+            message="60 %",
+            weight=5,
+            started_time=started,
+            finished_time=started,
+        )
+
+    first, second = entry("2026-11-21T10:00:00Z"), entry("2026-11-21T11:00:00Z")
+    plan = Plan((), CanaryStatus(history=[second, first]))
+    reconciler = replace(RECONCILERS["Canary"], observe=lambda *_: None, decide=lambda _: plan)
+    monkeypatch.setitem(RECONCILERS, "Canary", reconciler)
+    canary = build_canary().model_copy(update={"status": CanaryStatus(history=[first])})
+    cluster: Any = Shelf(canary.model_dump(mode="json", by_alias=True, exclude_none=True))
+    outcome = reconcile(cluster, SETTINGS, Key("Canary", "speech", "voice"), NOW)
+    assert outcome.ended_rollouts == ("RolledBack",)
