@@ -8,7 +8,9 @@ import pytest
 from attune.adapters.cluster import Object, ResourceType
 from attune.api.canary import ArmStatus, CanaryStatus, HistoryEntry
 from attune.api.canary import Outcome as RolloutOutcome
-from attune.domain.actions import Plan
+from attune.api.dataset import DatasetStatus
+from attune.domain.actions import EmitEvent, Plan
+from attune.errors import Refused
 from attune.reconcile.boundary import UNKNOWN_ATTEMPTS, Outcome, reconcile
 from attune.reconcile.dispatch import RECONCILERS
 from attune.reconcile.queue import Key
@@ -118,3 +120,17 @@ def test_a_rollout_that_was_tried_again_is_counted_again(monkeypatch: pytest.Mon
     cluster: Any = Shelf(canary.model_dump(mode="json", by_alias=True, exclude_none=True))
     outcome = reconcile(cluster, SETTINGS, Key("Canary", "speech", "voice"), NOW)
     assert outcome.ended_rollouts == ("RolledBack",)
+
+
+def test_an_event_that_is_refused_keeps_no_status_from_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Object) -> Object:
+        raise Refused("events is forbidden: exceeded quota")
+
+    plan = Plan((EmitEvent("Warning", "Refused", "no"),), DatasetStatus(phase="Failed"))
+    reconciler = replace(RECONCILERS["Dataset"], observe=lambda *_: None, decide=lambda _: plan)
+    monkeypatch.setitem(RECONCILERS, "Dataset", reconciler)
+    shelf = put()
+    monkeypatch.setattr(shelf, "create", refuse)
+    outcome = look(shelf)
+    assert (outcome.result, outcome.error) == ("changed", None)
+    assert [one["phase"] for one in shelf.statuses] == ["Failed"]

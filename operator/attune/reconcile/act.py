@@ -20,7 +20,7 @@ from attune.domain.actions import (
     Plan,
 )
 from attune.domain.times import format_time, parse_time
-from attune.errors import AlreadyExists
+from attune.errors import AlreadyExists, Refused
 from attune.reconcile import act_canary
 from attune.reconcile.ensure import ensure_job
 from attune.render.event import build_event
@@ -37,7 +37,8 @@ def act(cluster: Cluster, settings: Settings, resource: Resource, plan: Plan, no
     """Carries out a plan; tells whether anything was written.
 
     Raises:
-        AttuneError: the first failure ends the pass; the next pass decides anew from what is then there.
+        AttuneError: the first failure ends the pass; the next pass decides anew from what is then there. An Event
+            that is refused is none.
     """
     wrote = False
     for action in plan.actions:
@@ -53,7 +54,7 @@ def _act_once(cluster: Cluster, settings: Settings, resource: Resource, action: 
         case DeleteJob():
             return delete_job(cluster, owner, action.name)
         case EmitEvent():
-            return emit_event(cluster, settings, owner, action, now)
+            return _try_event(cluster, settings, owner, action, now)
         case EnsureArm():
             return act_canary.ensure_arm(cluster, settings, _canary(resource), action)
         case DeleteArm():
@@ -84,6 +85,16 @@ def delete_job(cluster: Cluster, owner: Owner, name: str) -> bool:
             if kind is JOB:
                 _log.info("deleted", extra={"object": f"Job/{name}", "namespace": owner.namespace})
     return wrote
+
+
+def _try_event(cluster: Cluster, settings: Settings, owner: Owner, action: EmitEvent, now: datetime) -> bool:
+    """Posts an Event; one that is refused (forbidden, over quota) must not keep the status from saying the same."""
+    try:
+        return emit_event(cluster, settings, owner, action, now)
+    except Refused as error:
+        extra = {"object": f"{owner.kind}/{owner.name}", "namespace": owner.namespace, "reason": action.reason}
+        _log.warning("event refused", extra={**extra, "error": str(error)})
+        return False
 
 
 def emit_event(cluster: Cluster, settings: Settings, owner: Owner, action: EmitEvent, now: datetime) -> bool:
