@@ -147,6 +147,22 @@ def test_state_of_a_job_becomes_a_reason(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_container_that_a_crash_of_its_node_has_swallowed_is_nobodys_fault(kind: str) -> None:
+    """The kubelet says 137 as for one that was killed for its memory; only the reason differs."""
+    lost = pod(phase="Failed", exit_code=137, terminated_reason="ContainerStatusUnknown")
+    ended: dict[str, Any] = {"failed": True, "failed_reason": "PodFailurePolicy", "finished": NOW}
+    nothing: dict[str, Any] = {}
+    for fields in (nothing, ended):
+        plan = decide(with_job(kind, pods=(lost,), **fields))
+        _, reason, message = condition(plan.status, TERMINAL[kind])
+        assert reason == "Retrying"
+        assert "the node of pod pod went down" in message
+        assert condition(plan.status, "Stalled")[0] == "False"
+        again = [one for one in plan.actions if isinstance(one, DeleteJob)]
+        assert len(again) == bool(fields)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "working",
     [

@@ -4,7 +4,10 @@ from enum import IntEnum, StrEnum
 from typing import Final
 
 # Ended by SIGKILL: out of memory, since what evicts or deletes a pod marks it with DisruptionTarget, which comes first.
+# The kubelet gives the same code, without that mark, to a container that a crash of its node has swallowed; it says so
+# in the reason, which no podFailurePolicy can read.
 KILLED: Final = 137
+REASON_SWALLOWED: Final = "ContainerStatusUnknown"
 
 _FINDINGS = range(10, 30)
 

@@ -9,7 +9,7 @@ from typing import Final, Literal, assert_never
 from pydantic import ValidationError
 
 from attune.api.meta import Condition, PodResources, Resource, Status
-from attune.contract.exitcode import KILLED, ExitCode
+from attune.contract.exitcode import KILLED, REASON_SWALLOWED, ExitCode
 from attune.contract.job import JobSpec, Owner, Recipe
 from attune.contract.result import Failure, Result, Summary
 from attune.domain.actions import DeleteJob, EnsureJob, JobAction, Plan
@@ -28,6 +28,7 @@ UNSCHEDULABLE: Final = "Unschedulable"
 OUT_OF_MEMORY: Final = ExitCode.OUT_OF_MEMORY.reason
 RESULT_UNREADABLE: Final = "ResultUnreadable"
 RESULT_LOST: Final = "ResultLost"
+NODE_LOST: Final = "NodeLost"
 
 # How the kubelet words what keeps a container from starting.
 PULL_REASONS: Final = frozenset(
@@ -81,6 +82,12 @@ class ObservedJob:
     def running_pod(self) -> ObservedPod | None:
         """The pod that works at the moment."""
         return next((pod for pod in self.pods if pod.phase == "Running" and pod.exit_code is None), None)
+
+    @property
+    def ended_pod(self) -> ObservedPod | None:
+        """The pod that failed last."""
+        ended = [pod for pod in self.pods if pod.exit_code not in (None, 0)]
+        return max(ended, key=lambda pod: (pod.created, pod.name), default=None)
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,7 @@ def _decide_wanted(
     wanted: EnsureJob, job: ObservedJob | None, words: Wording, now: datetime, surroundings: Surroundings
 ) -> Course:
     starting = _work_on(words, "Pending", STARTING, f"Job {wanted.name} {words.does}; its pod starts")
-    held = Standing(words.pending, SUSPENDED, SUSPENDED, "spec.suspend is true; set it to false to go on")
+    held = _hold(words)
     if job is None:
         return Course((), held) if wanted.suspended else Course((wanted,), starting)
     if job.deleting:
@@ -245,6 +252,10 @@ def _decide_wanted(
     if wanted.suspended or job.suspended:
         return Course(actions, held if wanted.suspended else starting)
     return Course(actions, _describe_pods(wanted, job, words, surroundings) or starting)
+
+
+def _hold(words: Wording) -> Standing:
+    return Standing(words.pending, SUSPENDED, SUSPENDED, "spec.suspend is true; set it to false to go on")
 
 
 def _describe_pods(wanted: EnsureJob, job: ObservedJob, words: Wording, surroundings: Surroundings) -> Standing | None:
@@ -273,6 +284,9 @@ def _decide_failed(
     wanted: EnsureJob, job: ObservedJob, words: Wording, now: datetime, surroundings: Surroundings
 ) -> Course:
     reason, message, code = describe_failure(job, words)
+    if reason == NODE_LOST:
+        again = _work_on(words, words.phase, RETRYING, f"{message}; the Job runs again", warning=True)
+        return Course((DeleteJob(job.name),), _hold(words) if wanted.suspended else again, look_again_seconds=1)
     failed = Standing("False", "Failed", reason, message, stalled=True)
     if code not in _RETRIED or wanted.suspended:
         return Course((), failed)
@@ -318,13 +332,14 @@ def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording) -> Cou
 
 def describe_failure(job: ObservedJob, words: Wording) -> tuple[str, str, ExitCode | None]:
     """Gives reason, message and exit code of a Job's latest failure: the recipe's own words where it left some."""
-    ended = [pod for pod in job.pods if pod.exit_code not in (None, 0)]
-    pod = max(ended, key=lambda one: (one.created, one.name), default=None)
+    pod = job.ended_pod
     if pod is None or pod.exit_code is None:
         reason = job.failed_reason or "JobFailed"
         return reason, job.failed_message or f"Job {job.name} failed and its pods are gone", None
     code = ExitCode(pod.exit_code) if pod.exit_code in set(ExitCode) else None
     failure = _parse_failure(pod.termination_message)
+    if pod.terminated_reason == REASON_SWALLOWED:
+        return NODE_LOST, f"the node of pod {pod.name} went down while its container ran", None
     if pod.terminated_reason == "OOMKilled" or (pod.exit_code == KILLED and failure is None):
         message = f"the container was killed because it needed more memory than its limit; {words.more_memory}"
         return OUT_OF_MEMORY, message, ExitCode.OUT_OF_MEMORY
