@@ -147,7 +147,13 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     ),
     "a filter that lets nothing through": (
         "Dataset", "pipeline", [{"step": "Filter", "minSeconds": "5", "maxSeconds": "4.9"}],
-        "minSeconds must be less than maxSeconds",
+        "must be less than maxSeconds",
+    ),
+    "a filter whose shortest is the default longest": (
+        "Dataset", "pipeline", [{"step": "Filter", "minSeconds": "30"}], "must be less than maxSeconds (30 where",
+    ),
+    "a filter whose longest is below the default shortest": (
+        "Dataset", "pipeline", [{"step": "Filter", "maxSeconds": "0.1"}], "minSeconds (0.1 where absent) must be less",
     ),
     "a step that is given twice": (
         "Dataset", "pipeline", [{"step": "Normalize"}, {"step": "Normalize"}], "each step may be given once",

@@ -6,7 +6,10 @@ from pydantic import ConfigDict, Field
 
 from attune.api.meta import NAME_IS_A_LABEL, PodResources, Resource, SecretRef, SpecModel, Status, StatusModel, cel
 from attune.contract.base import DecimalString, Uri, between
-from attune.contract.job import SourceFormat, SplitBy
+from attune.contract.job import PrepareRecipe, SourceFormat, SplitBy
+
+_DEFAULTS = PrepareRecipe.model_fields
+_SHORTEST, _LONGEST = (float(_DEFAULTS[name].default) for name in ("min_seconds", "max_seconds"))
 
 
 class S3Source(SpecModel):
@@ -57,8 +60,11 @@ class PipelineStep(SpecModel):
                 "minSeconds and maxSeconds belong to step Filter",
             ),
             (
-                ("!has(self.minSeconds) || !has(self.maxSeconds) || double(self.minSeconds) < double(self.maxSeconds)"),
-                "minSeconds must be less than maxSeconds",
+                (
+                    f"(has(self.minSeconds) ? double(self.minSeconds) : {_SHORTEST})"
+                    f" < (has(self.maxSeconds) ? double(self.maxSeconds) : {_LONGEST})"
+                ),
+                f"minSeconds ({_SHORTEST:g} where absent) must be less than maxSeconds ({_LONGEST:g} where absent)",
             ),
         )
     )
@@ -69,11 +75,11 @@ class PipelineStep(SpecModel):
     sample_rate: Literal[16000] | None = Field(default=None, description="Normalize: sample rate in Hz.")
     min_seconds: Annotated[DecimalString, between("0", "30")] | None = Field(
         default=None,
-        description="Filter: shortest utterance that is kept, in seconds.",
+        description=f"Filter: shortest utterance that is kept, in seconds; {_SHORTEST:g} where absent.",
     )
     max_seconds: Annotated[DecimalString, between("0", "30")] | None = Field(
         default=None,
-        description="Filter: longest utterance that is kept, in seconds.",
+        description=f"Filter: longest utterance that is kept, in seconds; {_LONGEST:g} where absent.",
     )
 
 
