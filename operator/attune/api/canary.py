@@ -319,12 +319,15 @@ class RolloutStatus(StatusModel):
     promoting: bool = Field(default=False, description="True from the last Pass until stable serves the new model.")
 
 
+_PAIRED = "Utterances that count for both arms; what an arm never answers counts as an empty transcript of it."
+
+
 class AnalysisStatus(StatusModel):
     """What the word-error test knows. Rates are fractions; low and high bound the difference."""
 
     verdict: AnalysisVerdict = Field(description="Pass, Fail, Inconclusive or Unknown.")
     message: str = Field(max_length=512, description="The verdict in a sentence.")
-    utterances: int = Field(default=0, ge=0, description="Utterances that both arms answered.")
+    utterances: int = Field(default=0, ge=0, description=_PAIRED)
     words: int = Field(default=0, ge=0, description="Their reference words.")
     golden_utterances: int | None = Field(default=None, ge=0, description="Utterances that the golden set holds.")
     stable_wer: DecimalString | None = Field(default=None, description="Word error rate of stable.")
@@ -360,7 +363,7 @@ class HistoryEntry(StatusModel):
     finished_time: str = Field(max_length=32, description="End.", json_schema_extra={"format": "date-time"})
     stable_wer: DecimalString | None = Field(default=None, description="Word error rate of stable at the end.")
     canary_wer: DecimalString | None = Field(default=None, description="Word error rate of the canary at the end.")
-    utterances: int = Field(default=0, ge=0, description="Utterances that both arms answered.")
+    utterances: int = Field(default=0, ge=0, description=_PAIRED)
 
 
 class CanaryStatus(Status):

@@ -26,7 +26,8 @@ WORDS_SQUARED: Final = "attune_reference_words_squared_total"  # sum w^2
 ERRORS_TIMES_WORDS: Final = "attune_word_errors_times_words_total"  # sum e w
 FAILED_REQUESTS: Final = "attune_score_failed_requests_total"
 
-# Over pairs: utterances that both arms answered (golden replays). These feed the verdict.
+# Over pairs: golden utterances that count for both arms. What an arm never answers, asked again and again, counts as an
+# empty transcript of it: all words are wrong. These feed the verdict.
 PAIRED_UTTERANCES: Final = "attune_paired_utterances_total"  # n
 PAIRED_WORDS: Final = "attune_paired_reference_words_total"  # sum w
 PAIRED_STABLE_ERRORS: Final = "attune_paired_stable_errors_total"  # sum s

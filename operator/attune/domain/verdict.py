@@ -1,7 +1,8 @@
 """The word-error test: an anytime-valid confidence sequence for how much worse a canary hears than stable.
 
-Both arms hear the same utterances. Utterance i has w_i reference words; stable makes s_i word errors and the canary
-c_i. With m the tolerated relative increase, d_i = c_i - (1 + m) s_i, and
+Both arms hear the same utterances; what an arm never answers counts as an empty transcript of it, all words wrong.
+Utterance i has w_i reference words; stable makes s_i word errors and the canary c_i. With m the tolerated relative
+increase, d_i = c_i - (1 + m) s_i, and
 
     E[d] / E[w] = WER_canary - (1 + m) WER_stable
 
@@ -57,7 +58,7 @@ class NoEvidence:
 
 @dataclass(frozen=True)
 class PairedSums:
-    """Sums over the utterances that both arms answered, and the size of the golden set that they come from."""
+    """Sums over the utterances that count for both arms, and the size of the golden set that they come from."""
 
     utterances: int
     words: int
@@ -142,7 +143,7 @@ def judge(evidence: PairedSums | NoEvidence, test: WerTest) -> Judgement:
         return Judgement(
             AnalysisVerdict.UNKNOWN,
             REASON_NO_DATA,
-            "no utterance has been answered by both arms yet",
+            "no utterance counts for both arms yet",
             golden_utterances=evidence.golden_utterances,
         )
     return _weigh(evidence, test)
