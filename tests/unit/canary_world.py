@@ -95,6 +95,7 @@ class World:
     def __init__(self, canary: Canary) -> None:
         self.canary = canary
         self.now = BEGINNING
+        self.looking_since = BEGINNING
         self.arms: dict[Track, Arm] = {}
         self.route: Route | None = None
         self.scorers: dict[str, datetime] = {}
@@ -120,6 +121,7 @@ class World:
         return ObservedCanary(
             canary=self.canary,
             now=self.now,
+            looking_since=self.looking_since,
             inference_image="registry/inference:1",
             fine_tune=self.fine_tune,
             fine_tune_state=self.fine_tune_state,
@@ -288,6 +290,9 @@ class World:
 
     def advance(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
+
+    def restart_operator(self) -> None:
+        self.looking_since = self.now
 
     def run_controllers(self) -> None:
         """One step of the Deployment controller: surge by one, replace one, drop what is too much."""

@@ -329,6 +329,32 @@ def test_unknown_holds_and_is_rolled_back_only_after_its_timeout(world: World) -
     assert world.ready == ("False", "NoData")
 
 
+def test_time_runs_out_only_while_the_operator_looks(world: World) -> None:
+    """The node has crashed; the operator is back before Prometheus is."""
+    world.set_model("tuned")
+    world.until("Progressing", 25)
+    world.prometheus_up = False
+    world.advance(100_000)
+    world.restart_operator()
+    for _ in range(30):
+        world.reconcile()
+        assert world.weights[-1] == 25
+        world.advance(10)
+    world.advance(10)
+    world.reconcile()
+    assert world.ready == ("False", "NoData")
+
+
+def test_pods_that_never_became_ready_get_their_time_after_an_absence(world: World) -> None:
+    world.set_model("tuned")
+    world.reconcile()
+    world.advance(100_000)
+    world.restart_operator()
+    world.reconcile()
+    world.settle()
+    assert world.arms[Track.STABLE].model.model_id == "tuned"
+
+
 def test_an_undecided_step_ends_after_its_time_with_the_number_needed() -> None:
     # The same model under another template: 80 utterances of base's 20 % are never enough for minWords.
     world = World(build_canary(analysis={**_analysis(), "wer": {"minWords": 1900, "maxIncrease": "0.001"}}))

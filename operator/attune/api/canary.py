@@ -225,10 +225,12 @@ class Analysis(SpecModel):
     wer: WerTest = Field(default_factory=WerTest, description="The word-error test.")
     on_no_data: NoData = Field(default=NoData.HOLD, description="Hold: the weight stays while nothing is known.")
     no_data_timeout_seconds: Seconds = Field(
-        default=1800, description="Seconds without any answer after which the rollout is rolled back."
+        default=1800,
+        description="Seconds without any answer while the operator looks; then the rollout is rolled back.",
     )
     max_step_seconds: Seconds = Field(
-        default=3600, description="Seconds that a step may stay undecided before the rollout is rolled back."
+        default=3600,
+        description="Seconds that a step may stay undecided while the operator looks; then the rollout is rolled back.",
     )
 
 

@@ -1,6 +1,6 @@
 """Reads everything that a decision on a Canary needs, once."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -41,6 +41,8 @@ from attune.settings import Settings
 
 # A scrape or two before the rollout began may still be looked at, and clocks differ.
 _WINDOW_MARGIN_SECONDS = 30
+# A replica that only waits for the Lease counts as well: the one that acts is away no longer than the Lease lasts.
+_LOOKING_SINCE = datetime.now(UTC)
 
 
 def observe_canary(cluster: Cluster, settings: Settings, canary: Canary, now: datetime) -> ObservedCanary:
@@ -55,6 +57,7 @@ def observe_canary(cluster: Cluster, settings: Settings, canary: Canary, now: da
     return ObservedCanary(
         canary=canary,
         now=now,
+        looking_since=_LOOKING_SINCE,
         inference_image=settings.inference_image,
         fine_tune=tune,
         fine_tune_state=judge_availability(tune) if tune is not None else "NotFound",

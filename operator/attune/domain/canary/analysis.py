@@ -10,7 +10,7 @@ from attune.domain.arms import ObservedArm
 from attune.domain.canary.next import Problem
 from attune.domain.canary.observed import ObservedCanary, has_all_pods
 from attune.domain.canary.reasons import ANALYSIS_TIMED_OUT, CANARY_NOT_READY, NO_DATA
-from attune.domain.canary.record import compute_weight
+from attune.domain.canary.record import compute_weight, find_start
 from attune.domain.canary.scorer import name_scorer
 from attune.domain.jobs import Wording, describe_failure
 from attune.domain.times import parse_time
@@ -56,7 +56,7 @@ def _find_pod_failure(o: ObservedCanary, record: RolloutRecord, trial: ObservedA
         # Late or not: the operator may have been away, or suspended, while they became ready.
         return None
     late = trial is not None and trial.deadline_exceeded
-    waited = (o.now - parse_time(record.step_started)).total_seconds()
+    waited = (o.now - find_start(o, record)).total_seconds()
     if record.step is None:
         # The Deployment's own deadline may never come: for a pod that quota forbids, or while its controller is away.
         late = late or waited > 2 * deadline
@@ -75,7 +75,7 @@ def _find_timeout(o: ObservedCanary, record: RolloutRecord, judgement: Judgement
     if record.step is None:
         return None
     analysis = o.spec.analysis
-    began = parse_time(record.step_started)
+    began = find_start(o, record)
     silent = (o.now - max(began, _last_data(o, record, judgement))).total_seconds()
     if judgement.verdict is AnalysisVerdict.UNKNOWN and silent > analysis.no_data_timeout_seconds:
         return Problem(NO_DATA, f"nothing was known for {analysis.no_data_timeout_seconds} s: {judgement.message}")

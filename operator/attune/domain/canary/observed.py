@@ -16,11 +16,13 @@ from attune.domain.verdict import NoEvidence, PairedSums
 class ObservedCanary:
     """Everything that the decision on a Canary reads.
 
-    fine_tune and dataset are the referents, None where they are missing, with whether they can be built on.
+    fine_tune and dataset are the referents, None where they are missing, with whether they can be built on. Since
+    looking_since this operator has been there to look.
     """
 
     canary: Canary
     now: datetime
+    looking_since: datetime
     inference_image: str
     fine_tune: FineTune | None
     fine_tune_state: Availability

@@ -1,13 +1,14 @@
 """Reads a rollout's record: the weight of its step, its clock, and what the status remembers of a lost one."""
 
 from dataclasses import replace
+from datetime import datetime
 
 from attune.api.canary import Canary, Outcome, RolloutStatus, Step
 from attune.domain.actions import RolloutRecord
 from attune.domain.arms import ObservedRoute
 from attune.domain.canary.observed import ObservedCanary
 from attune.domain.jobs import SUSPENDED
-from attune.domain.times import format_time
+from attune.domain.times import format_time, parse_time
 
 
 def compute_weight(steps: list[Step], index: int | None) -> int:
@@ -49,6 +50,15 @@ def recall_record(rollout: RolloutStatus) -> RolloutRecord:
         step_started=rollout.step_started_time,
         promoting=rollout.promoting,
     )
+
+
+def find_start(o: ObservedCanary, record: RolloutRecord) -> datetime:
+    """When the present step began to run out of time.
+
+    What took longer while no operator looked is not late: after a crash of its node the operator may be back before the
+    pods and Prometheus are, and would end the rollout at its first look.
+    """
+    return max(parse_time(record.step_started), o.looking_since)
 
 
 def restart_clock(o: ObservedCanary, record: RolloutRecord) -> RolloutRecord:
