@@ -21,6 +21,7 @@ from attune.domain.actions import (
 )
 from attune.domain.arms import ObservedArm, ObservedGateway, ObservedRoute, ServingPod
 from attune.domain.canary import ObservedCanary, decide_canary
+from attune.domain.canary.record import compute_weight
 from attune.domain.jobs import ObservedJob
 from attune.domain.times import format_time, parse_time
 from attune.domain.verdict import NoEvidence, PairedSums, judge
@@ -111,6 +112,7 @@ class World:
         self.failed: set[tuple[str, str]] = set()
         self.writes = 0
         self.passed: set[str] = set()
+        self.reached: dict[tuple[str, str] | None, int] = {}  # weight that a rollout was last given
         self.seen_weight = 0  # of the canary, on the route as the present pass found it
 
     # --- reading ---
@@ -273,9 +275,10 @@ class World:
             assert trial is not None
             assert trial.rolled_out, "capacity is there before the weight moves"
             assert self.verdict() is not AnalysisVerdict.FAIL
-            first = self.canary.spec.steps[0].weight
-            regained = old == 0
-            assert after.canary_weight == first or regained or self.verdict() is AnalysisVerdict.PASS
+            known = self.verdict() is not AnalysisVerdict.UNKNOWN
+            regained = old == 0 and known and after.canary_weight <= self.reached.get(key, 0)
+            passed = self.verdict() is AnalysisVerdict.PASS
+            assert passed or regained or self._is_first(before, after), "weight rises after a Pass alone"
         if record is not None and record.promoting and not (before and before.record and before.record.promoting):
             assert self.verdict() is AnalysisVerdict.PASS, "Unknown never promotes"
             self.passed.add(self.arms[Track.CANARY].model.revision)
@@ -283,8 +286,17 @@ class World:
             stable = self._observe_arm(Track.STABLE)
             assert stable is not None
             assert stable.rolled_out, "a promoted model is on stable before the canary arm goes"
+        if after.canary_weight:
+            self.reached[key] = after.canary_weight
         self.weights.append(after.canary_weight)
         self.route = after
+
+    def _is_first(self, before: Route | None, after: Route) -> bool:
+        """Whether this is a rollout's first weight, which nothing can be known before."""
+        steps = self.canary.spec.steps
+        step = before.record.step if before is not None and before.record is not None else None
+        first = next(one.weight for one in steps if one.weight is not None)
+        return compute_weight(steps, step) == 0 and after.canary_weight == first
 
     # --- the rest of the cluster ---
 

@@ -12,6 +12,7 @@ from attune.contract.result import Failure
 from attune.domain.actions import DeleteArm, DeleteJob, EnsureArm, EnsureRoute, EnsureScorer
 from attune.domain.arms import ObservedGateway, PodProblem, ServingPod, find_problem
 from attune.domain.canary import decide_canary
+from attune.domain.canary.analysis import LOSSES_IN_A_STEP
 from attune.domain.canary.identity import compute_revision, fill_image, name_model, name_rollout
 from attune.domain.canary.record import compute_weight
 
@@ -298,6 +299,47 @@ def test_a_canary_that_loses_its_pods_loses_its_weight_until_they_are_back(world
     world.run_controllers()
     world.reconcile()
     assert world.route.canary_weight == 25
+
+
+def test_a_canary_whose_pods_come_and_go_is_rolled_back() -> None:
+    world = World(build_canary(analysis={**_analysis(), "wer": {"minWords": 1900, "maxIncrease": "0.001"}}))
+    world.settle()
+    world.set_spec(template={"metadata": {"labels": {"team": "voice"}}})
+    world.until("Progressing", 5)
+    for _ in range(LOSSES_IN_A_STEP):
+        world.advance(20)
+        _lose_and_regain(world)
+        assert world.weights[-1] == 5
+    world.arms[Track.CANARY].pods = []
+    world.reconcile()
+    assert world.ready == ("False", "CanaryNotReady")
+
+
+def test_weight_that_was_lost_comes_back_when_something_is_known_and_never_as_more(world: World) -> None:
+    world.set_model("tuned")
+    world.until("Progressing", 5)
+    world.prometheus_up = False
+    _lose_and_regain(world)
+    assert world.weights[-1] == 0
+    world.set_spec(steps=[{"weight": 60}, {"weight": 100}])
+    world.reconcile()
+    assert world.weights[-1] == 0
+    world.prometheus_up = True
+    assert world.verdict() == "Inconclusive"
+    world.reconcile()
+    assert world.weights[-1] == 5
+    world.settle()
+    assert world.arms[Track.STABLE].model.model_id == "tuned"
+
+
+def _lose_and_regain(world: World) -> None:
+    arm = world.arms[Track.CANARY]
+    arm.pods = [(revision, False) for revision, _ in arm.pods]
+    world.reconcile()
+    assert world.weights[-1] == 0
+    world.run_controllers()
+    world.advance(1)
+    world.reconcile()
 
 
 def test_a_canary_that_stays_without_pods_is_rolled_back(world: World) -> None:

@@ -57,15 +57,18 @@ class DeleteArm:
 class RolloutRecord:
     """What is known of a rollout, kept on the route beside the weights, so that both change in one request.
 
-    step is None until the first step began. promoting is true from the last Pass until stable serves the new model. A
-    rollout with a failed_reason has failed: no later pass can raise its weight, whatever else was lost. Times are
-    RFC 3339 in UTC.
+    step is None until the first step began. reached is the weight that the canary was last given; losses counts how
+    often it has lost that for want of pods in this step. promoting is true from the last Pass until stable serves the
+    new model. A rollout with a failed_reason has failed: no later pass can raise its weight, whatever else was lost.
+    Times are RFC 3339 in UTC.
     """
 
     id: str
     step: int | None
     started: str
     step_started: str
+    reached: int = 0
+    losses: int = 0
     promoting: bool = False
     failed_reason: str | None = None
     failed_message: str | None = None

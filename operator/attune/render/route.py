@@ -15,6 +15,8 @@ ANNOTATION_ROLLOUT: Final = "attune.dev/rollout"
 ANNOTATION_STEP: Final = "attune.dev/step"
 ANNOTATION_STARTED: Final = "attune.dev/rollout-started"
 ANNOTATION_STEP_STARTED: Final = "attune.dev/step-started"
+ANNOTATION_REACHED: Final = "attune.dev/reached-weight"
+ANNOTATION_LOSSES: Final = "attune.dev/losses-in-step"
 ANNOTATION_PROMOTING: Final = "attune.dev/promoting"
 ANNOTATION_FAILED: Final = "attune.dev/failed-rollout"
 ANNOTATION_FAILED_REASON: Final = "attune.dev/failed-reason"
@@ -39,6 +41,14 @@ class Record(Protocol):
     @property
     def step_started(self) -> str:
         """RFC 3339."""
+
+    @property
+    def reached(self) -> int:
+        """Weight that the canary was last given."""
+
+    @property
+    def losses(self) -> int:
+        """How often it has lost its pods in this step."""
 
     @property
     def promoting(self) -> bool:
@@ -112,6 +122,10 @@ def _build_annotations(record: Record | None) -> dict[str, str]:
     }
     if record.step is not None:
         annotations[ANNOTATION_STEP] = str(record.step)
+    if record.reached:
+        annotations[ANNOTATION_REACHED] = str(record.reached)
+    if record.losses:
+        annotations[ANNOTATION_LOSSES] = str(record.losses)
     if record.promoting:
         annotations[ANNOTATION_PROMOTING] = "true"
     if record.failed_reason is not None:
@@ -146,19 +160,25 @@ def _read_record(annotations: Mapping[str, str]) -> dict[str, Any] | None:
     identity = failed or annotations.get(ANNOTATION_ROLLOUT)
     started = _read_time(annotations, ANNOTATION_STARTED)
     step_started = _read_time(annotations, ANNOTATION_STEP_STARTED) or started
-    step = annotations.get(ANNOTATION_STEP)
     if not identity or ((started is None or step_started is None) and not failed):
         return None
     beginning = "1970-01-01T00:00:00Z"
     return {
         "id": identity,
-        "step": int(step) if step is not None and step.isdecimal() else None,
+        "step": _read_count(annotations, ANNOTATION_STEP),
         "started": started or beginning,
         "step_started": step_started or beginning,
+        "reached": min(_read_count(annotations, ANNOTATION_REACHED) or 0, 100),
+        "losses": _read_count(annotations, ANNOTATION_LOSSES) or 0,
         "promoting": annotations.get(ANNOTATION_PROMOTING) == "true",
         "failed_reason": annotations.get(ANNOTATION_FAILED_REASON, "RolledBack") if failed else None,
         "failed_message": annotations.get(ANNOTATION_FAILED_MESSAGE, "") if failed else None,
     }
+
+
+def _read_count(annotations: Mapping[str, str], name: str) -> int | None:
+    text = annotations.get(name, "")
+    return int(text) if text.isdecimal() else None
 
 
 def _read_time(annotations: Mapping[str, str], name: str) -> str | None:

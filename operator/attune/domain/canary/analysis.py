@@ -6,7 +6,7 @@ from typing import Final
 
 from attune.api.canary import AnalysisVerdict
 from attune.domain.actions import RolloutRecord
-from attune.domain.arms import ObservedArm
+from attune.domain.arms import ObservedArm, PodProblem
 from attune.domain.canary.next import Problem
 from attune.domain.canary.observed import ObservedCanary, has_all_pods
 from attune.domain.canary.reasons import ANALYSIS_TIMED_OUT, CANARY_NOT_READY, NO_DATA
@@ -16,6 +16,8 @@ from attune.domain.jobs import Wording, describe_failure
 from attune.domain.times import parse_time
 from attune.domain.verdict import Judgement, judge
 
+# A pod may be moved or restarted; one that comes and goes serves nobody, and each loss gives the step its time again.
+LOSSES_IN_A_STEP: Final = 3
 _SCORER_WORDS: Final = Wording("Unknown", "", "", "replays golden utterances", "use a smaller golden set")
 
 
@@ -64,11 +66,19 @@ def _find_pod_failure(o: ObservedCanary, record: RolloutRecord, trial: ObservedA
         # Its weight has been taken away, and the step's clock began anew with that.
         waits = o.route is not None and o.route.canary_weight == 0
         late = late or (waits and waited > deadline)
+        if not waits and record.losses >= LOSSES_IN_A_STEP:
+            return Problem(
+                CANARY_NOT_READY,
+                f"the canary lost all of its pods {record.losses + 1} times in one step{_explain(ailment)}",
+            )
     if not late:
         return None
-    why = f": {ailment.message}" if ailment is not None else ""
     reason = ailment.reason if ailment is not None else CANARY_NOT_READY
-    return Problem(reason, f"the canary's pods were not ready within {deadline} s{why}")
+    return Problem(reason, f"the canary's pods were not ready within {deadline} s{_explain(ailment)}")
+
+
+def _explain(ailment: PodProblem | None) -> str:
+    return f": {ailment.message}" if ailment is not None else ""
 
 
 def _find_timeout(o: ObservedCanary, record: RolloutRecord, judgement: Judgement) -> Problem | None:

@@ -46,11 +46,8 @@ def continue_rollout(
         if not has_all_pods(o, trial) or blocked is not None:
             return _prepare(o, record, model, blocked)
         return _advance(o, record, model, 0, judgement)
-    weight, reached = compute_weight(o.spec.steps, record.step), o.route.canary_weight if o.route is not None else 0
-    at_weight = reached > 0
-    if at_weight and judgement.verdict is not AnalysisVerdict.PASS:
-        # Other steps in the spec are no evidence: they take weight away at once, and add none before a Pass.
-        weight = min(weight, reached)
+    at_weight = o.route is not None and o.route.canary_weight > 0
+    weight = _limit_weight(o, record, judgement)
     if not has_all_pods(o, trial) and not (at_weight and trial is not None and trial.ready > 0):
         return _await_capacity(o, record, model, judgement, since_now=at_weight)
     if decided:
@@ -59,6 +56,20 @@ def continue_rollout(
             return _advance(o, record, model, following, judgement)
         return start_promotion(o, record, model, judgement)
     return _hold(o, record, model, weight, judgement, blocked)
+
+
+def _limit_weight(o: ObservedCanary, record: RolloutRecord, judgement: Judgement) -> int:
+    """Gives the weight of the present step, as far as it may be given now.
+
+    Other steps in the spec are no evidence: they take weight away at once, and add none before a Pass. Nor is it any
+    that lost pods are back: the canary gets again what it had, once anything at all is known of it.
+    """
+    weight = compute_weight(o.spec.steps, record.step)
+    if judgement.verdict is AnalysisVerdict.PASS:
+        return weight
+    present = o.route.canary_weight if o.route is not None else 0
+    regained = 0 if judgement.verdict is AnalysisVerdict.UNKNOWN else record.reached
+    return min(weight, present or regained)
 
 
 def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel, blocked: Problem | None = None) -> Next:
@@ -86,7 +97,7 @@ def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel, blocked
 
 
 def _advance(o: ObservedCanary, record: RolloutRecord, model: ArmModel, step: int, judgement: Judgement) -> Next:
-    record = replace(record, step=step, step_started=format_time(o.now))
+    record = replace(record, step=step, step_started=format_time(o.now), losses=0)
     return _hold(o, record, model, compute_weight(o.spec.steps, step), judgement, None)
 
 
@@ -99,6 +110,7 @@ def _hold(
     blocked: Problem | None,
 ) -> Next:
     """Keeps arms, scorer and route as the present step wants them."""
+    record = replace(record, reached=weight or record.reached)
     steps = o.spec.steps
     index = min(record.step or 0, len(steps) - 1)
     pausing = steps[index].pause is not None
@@ -137,7 +149,7 @@ def _await_capacity(
 ) -> Next:
     """Takes the weight from a canary that has lost its pods; it gets it back when they are all ready again."""
     if since_now:
-        record = replace(record, step_started=format_time(o.now))
+        record = replace(record, step_started=format_time(o.now), losses=record.losses + 1)
     standing = Standing(
         "True" if o.stable_ready else "False",
         Phase.PROGRESSING,
