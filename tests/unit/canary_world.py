@@ -100,6 +100,7 @@ class World:
         self.arms: dict[Track, Arm] = {}
         self.route: Route | None = None
         self.scorers: dict[str, datetime] = {}
+        self.failed_scorers: dict[str, datetime] = {}
         self.prometheus_up = True
         self.scorer_works = True
         self.gateway = ObservedGateway("Programmed")
@@ -133,9 +134,16 @@ class World:
             stable=self._observe_arm(Track.STABLE),
             trial=self._observe_arm(Track.CANARY),
             route=ObservedRoute(self.route.stable_weight, self.route.canary_weight, record) if self.route else None,
-            scorers=tuple(ObservedJob(name) for name in self.scorers),
+            scorers=tuple(self._observe_scorer(name) for name in self.scorers),
             evidence=self.evidence(),
         )
+
+    def _observe_scorer(self, name: str) -> ObservedJob:
+        failed = self.failed_scorers.get(name)
+        if failed is None:
+            return ObservedJob(name)
+        reason, message = "BackoffLimitExceeded", "too often"
+        return ObservedJob(name, failed=True, failed_reason=reason, failed_message=message, finished=failed)
 
     def _observe_arm(self, track: Track) -> ObservedArm | None:
         arm = self.arms.get(track)
@@ -162,14 +170,19 @@ class World:
             return NoEvidence("PrometheusUnavailable", "connection refused")
         if record is None or record.step is None or record.failed_reason:
             return NoEvidence("NoData", "nothing has been compared yet")
-        began = next((began for name, began in self.scorers.items() if name.endswith(record.id)), None)
-        if began is None or not self.scorer_works:
+        # Each scorer replays from the start; the one that has come furthest counts.
+        ran = [
+            int((self.failed_scorers.get(name, self.now) - began).total_seconds())
+            for name, began in self.scorers.items()
+            if f"-{record.id}" in name
+        ]
+        if not ran or not self.scorer_works:
             return NoEvidence("NoData", "no series yet")
         trial = self.arms.get(Track.CANARY)
         stable = self.arms.get(Track.STABLE)
         if trial is None or stable is None:
             return NoEvidence("NoData", "no series yet")
-        return self.pair(stable.model.model_id, trial.model.model_id, int((self.now - began).total_seconds()))
+        return self.pair(stable.model.model_id, trial.model.model_id, max(ran))
 
     @staticmethod
     def pair(stable: str, trial: str, utterances: int) -> PairedSums:
@@ -224,6 +237,7 @@ class World:
                     self.writes += 1
                     self.scorers[action.name] = self.now
             case DeleteJob():
+                self.failed_scorers.pop(action.name, None)
                 if self.scorers.pop(action.name, None) is not None:
                     self.writes += 1
             case EmitEvent():
@@ -302,6 +316,10 @@ class World:
 
     def advance(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
+
+    def fail_scorers(self) -> None:
+        for name in self.scorers:
+            self.failed_scorers.setdefault(name, self.now)
 
     def restart_operator(self) -> None:
         self.looking_since = self.now

@@ -15,6 +15,7 @@ from attune.domain.canary import decide_canary
 from attune.domain.canary.analysis import LOSSES_IN_A_STEP
 from attune.domain.canary.identity import compute_revision, fill_image, name_model, name_rollout
 from attune.domain.canary.record import compute_weight
+from attune.domain.canary.scorer import SCORER_ATTEMPTS
 
 from tests.unit.canary_world import World, build_canary, build_dataset
 
@@ -302,10 +303,7 @@ def test_a_canary_that_loses_its_pods_loses_its_weight_until_they_are_back(world
 
 
 def test_a_canary_whose_pods_come_and_go_is_rolled_back() -> None:
-    world = World(build_canary(analysis={**_analysis(), "wer": {"minWords": 1900, "maxIncrease": "0.001"}}))
-    world.settle()
-    world.set_spec(template={"metadata": {"labels": {"team": "voice"}}})
-    world.until("Progressing", 5)
+    world = _undecided()
     for _ in range(LOSSES_IN_A_STEP):
         world.advance(20)
         _lose_and_regain(world)
@@ -369,6 +367,57 @@ def test_unknown_holds_and_is_rolled_back_only_after_its_timeout(world: World) -
     world.advance(20)
     world.reconcile()
     assert world.ready == ("False", "NoData")
+
+
+def test_a_scorer_that_has_failed_for_good_is_replaced_with_growing_pauses_and_not_for_ever() -> None:
+    world = _undecided(noDataTimeoutSeconds=10_000, maxStepSeconds=10_000)
+    began = set(world.scorers)
+    for attempt, pause in enumerate((60, 120, 240, 480), start=2):
+        world.fail_scorers()
+        world.reconcile()
+        assert world.ready == ("Unknown", "BackoffLimitExceeded")
+        assert f"another is started {pause} s after it" in world.canary.status.conditions[0].message
+        world.advance(pause - 1)
+        world.reconcile()
+        assert len(world.scorers) == attempt - 1
+        world.advance(1)
+        world.reconcile()
+        assert len(world.scorers) == attempt
+        world.reconcile()
+        assert world.ready == ("Unknown", "RolloutProgressing")
+    assert began < set(world.scorers)
+    world.fail_scorers()
+    world.advance(5000)
+    world.reconcile()
+    assert len(world.scorers) == SCORER_ATTEMPTS
+    assert "it was the last of 5; for another: kubectl delete job" in world.canary.status.conditions[0].message
+    world.set_model("base")
+    world.set_spec(template={})
+    world.settle()
+    assert not world.scorers
+
+
+def test_a_scorer_that_has_failed_is_mentioned_beside_what_is_known() -> None:
+    world = _undecided()
+    world.advance(30)
+    world.reconcile()
+    assert world.verdict() == "Inconclusive"
+    assert world.ready == ("Unknown", "RolloutProgressing")
+    world.fail_scorers()
+    world.reconcile()
+    assert world.ready == ("Unknown", "BackoffLimitExceeded")
+    message = world.canary.status.conditions[0].message
+    assert "canary heard 20 % of words wrong" in message
+    assert "failed: too often" in message
+
+
+def _undecided(**analysis: object) -> World:
+    """A rollout at its first weight that golden utterances come in for, and that they don't decide."""
+    world = World(build_canary(analysis={**_analysis(), "wer": {"minWords": 1900, "maxIncrease": "0.3"}, **analysis}))
+    world.settle()
+    world.set_spec(template={"metadata": {"labels": {"team": "voice"}}})
+    world.until("Progressing", 5)
+    return world
 
 
 def test_time_runs_out_only_while_the_operator_looks(world: World) -> None:

@@ -45,6 +45,7 @@ _ROUNDING: Final = 1e-9
 
 REASON_INCONSISTENT: Final = "InconsistentData"
 REASON_NO_DATA: Final = "NoData"
+REASON_NOT_ENOUGH: Final = "NotEnoughEvidence"
 REASON_PROMETHEUS_UNAVAILABLE: Final = "PrometheusUnavailable"
 
 
@@ -236,7 +237,7 @@ def _weigh(sums: PairedSums, test: WerTest) -> Judgement:
         limit = f"the tolerated limit, {_percent(tolerance)} above stable"
         message = f"{heard}; over {n} utterances it stays below {limit}, by at least {_points(-high)} points"
     else:
-        verdict, reason = AnalysisVerdict.INCONCLUSIVE, "NotEnoughEvidence"
+        verdict, reason = AnalysisVerdict.INCONCLUSIVE, REASON_NOT_ENOUGH
         enough = estimate_utterances(mean, variance, alpha)
         if enough is not None and mean < 0:
             enough = max(enough, math.ceil(test.min_words / words_each))

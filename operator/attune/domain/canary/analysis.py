@@ -11,29 +11,27 @@ from attune.domain.canary.next import Problem
 from attune.domain.canary.observed import ObservedCanary, has_all_pods
 from attune.domain.canary.reasons import ANALYSIS_TIMED_OUT, CANARY_NOT_READY, NO_DATA
 from attune.domain.canary.record import compute_weight, find_start
-from attune.domain.canary.scorer import name_scorer
-from attune.domain.jobs import Wording, describe_failure
+from attune.domain.canary.scorer import describe_scorer
 from attune.domain.times import parse_time
 from attune.domain.verdict import Judgement, judge
 
 # A pod may be moved or restarted; one that comes and goes serves nobody, and each loss gives the step its time again.
 LOSSES_IN_A_STEP: Final = 3
-_SCORER_WORDS: Final = Wording("Unknown", "", "", "replays golden utterances", "use a smaller golden set")
 
 
 def judge_rollout(o: ObservedCanary, record: RolloutRecord) -> Judgement:
-    """Judges by the word errors so far; where nothing is known, says what keeps the scorer from telling."""
+    """Judges by the word errors so far; where they do not decide, says what keeps the scorer from telling more."""
     judgement = judge(o.evidence, o.spec.analysis.wer)
-    if judgement.verdict is not AnalysisVerdict.UNKNOWN:
+    if judgement.verdict in {AnalysisVerdict.PASS, AnalysisVerdict.FAIL}:
         return judgement
-    if record.step is None:
+    unknown = judgement.verdict is AnalysisVerdict.UNKNOWN
+    if unknown and record.step is None:
         return replace(judgement, message="the canary is not ready yet; nothing has been compared")
-    name = name_scorer(o, record)
-    scorer = next((job for job in o.scorers if job.name == name), None)
-    if scorer is not None and scorer.failed:
-        reason, message, _ = describe_failure(scorer, _SCORER_WORDS)
-        return replace(judgement, reason=reason, message=f"the scorer (Job {name}) failed: {message}")
-    return judgement
+    failed = describe_scorer(o, record)
+    if failed is None:
+        return judgement
+    reason, message = failed
+    return replace(judgement, reason=reason, message=message if unknown else f"{judgement.message}; {message}")
 
 
 def find_failure(

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from attune.domain.verdict import REASON_NO_DATA
+from attune.domain.verdict import REASON_NO_DATA, REASON_NOT_ENOUGH
 
 INITIALIZING: Final = "Initializing"
 HEALTHY: Final = "Healthy"
@@ -12,6 +12,7 @@ STABLE_NOT_READY: Final = "StableNotReady"
 CANARY_NOT_READY: Final = "CanaryNotReady"
 ANALYSIS_TIMED_OUT: Final = "AnalysisTimedOut"
 NO_DATA: Final = REASON_NO_DATA
+NOT_ENOUGH_EVIDENCE: Final = REASON_NOT_ENOUGH
 GOLDEN_SET_TOO_SMALL: Final = "GoldenSetTooSmall"
 GATEWAY_NOT_FOUND: Final = "GatewayNotFound"
 GATEWAY_NOT_READY: Final = "GatewayNotReady"

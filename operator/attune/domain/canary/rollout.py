@@ -4,16 +4,22 @@ from dataclasses import replace
 
 from attune.api.canary import AnalysisVerdict, ArmModel, Phase
 from attune.contract.metrics import Track
-from attune.domain.actions import CanaryAction, DeleteJob, EnsureArm, EnsureRoute, RolloutRecord
+from attune.domain.actions import CanaryAction, EnsureArm, EnsureRoute, RolloutRecord
 from attune.domain.canary.analysis import find_failure, judge_rollout, may_go_on
 from attune.domain.canary.ending import roll_back, start_promotion
 from attune.domain.canary.models import choose_trial_template, ensure_stable
 from attune.domain.canary.next import SOON_SECONDS, WAIT_SECONDS, Next, Problem
 from attune.domain.canary.observed import ObservedCanary, has_all_pods
-from attune.domain.canary.reasons import CANARY_NOT_READY, GOLDEN_SET_TOO_SMALL, NO_DATA, ROLLOUT_PROGRESSING
+from attune.domain.canary.reasons import (
+    CANARY_NOT_READY,
+    GOLDEN_SET_TOO_SMALL,
+    NO_DATA,
+    NOT_ENOUGH_EVIDENCE,
+    ROLLOUT_PROGRESSING,
+)
 from attune.domain.canary.record import compute_weight, restart_clock
 from attune.domain.canary.rest import rest
-from attune.domain.canary.scorer import ensure_scorer, name_scorer
+from attune.domain.canary.scorer import delete_other_scorers, ensure_scorer
 from attune.domain.canary.standing import describe_problem
 from attune.domain.jobs import Standing
 from attune.domain.times import format_time
@@ -79,7 +85,7 @@ def _prepare(o: ObservedCanary, record: RolloutRecord, target: ArmModel, blocked
     # An arm that still gets requests must not change its model under them.
     if o.trial is None or moved or o.trial.model.revision == target.revision:
         actions.append(EnsureArm(Track.CANARY, target, o.template, o.spec.replicas))
-    actions += [DeleteJob(job.name) for job in o.scorers if job.name != name_scorer(o, record) and not job.deleting]
+    actions += delete_other_scorers(o, record)
     ailment = o.trial.problem if o.trial is not None and o.trial.model.revision == target.revision else None
     why = f": {ailment.message}" if ailment is not None else ""
     starts = f"model {target.model_id} starts; it gets requests when all of its pods are ready{why}"
@@ -132,7 +138,7 @@ def _hold(
         *ensure_scorer(o, record, model),
         EnsureRoute(100 - weight, weight, record, judgement.reason),
     ]
-    actions += [DeleteJob(job.name) for job in o.scorers if job.name != name_scorer(o, record) and not job.deleting]
+    actions += delete_other_scorers(o, record)
     return Next(tuple(actions), standing, weight, record, judgement, float(o.spec.analysis.interval_seconds))
 
 
@@ -140,8 +146,10 @@ def _find_trouble(judgement: Judgement) -> str | None:
     """Names what keeps the analysis from ever deciding, unless somebody helps; None while evidence may still come."""
     if judgement.golden_needed is not None:
         return GOLDEN_SET_TOO_SMALL
+    if judgement.verdict in {AnalysisVerdict.PASS, AnalysisVerdict.FAIL}:
+        return None
     # That nobody has scored anything yet is how every rollout begins.
-    return judgement.reason if judgement.verdict is AnalysisVerdict.UNKNOWN and judgement.reason != NO_DATA else None
+    return judgement.reason if judgement.reason not in {NO_DATA, NOT_ENOUGH_EVIDENCE} else None
 
 
 def _await_capacity(
