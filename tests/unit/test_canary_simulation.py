@@ -10,6 +10,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.unit.canary_world import World, build_canary, build_dataset
 
 MODELS = st.sampled_from(["base", "tuned", "bad", "broken"])
+STEPS = st.sampled_from(
+    [
+        [{"weight": 5}, {"weight": 25}, {"weight": 100}],
+        [{"pause": {"seconds": 30}}, {"weight": 10}, {"weight": 60}],
+        [{"weight": 40}, {"pause": {"seconds": 90}}, {"weight": 80}],
+        [{"weight": 2}],
+        [{"weight": 100}],
+    ]
+)
 CRASH = st.one_of(st.none(), st.integers(0, 8))
 
 
@@ -55,6 +64,33 @@ class CanaryMachine(RuleBasedStateMachine):
     @rule(suspend=st.booleans())
     def suspend(self, suspend: bool) -> None:  # noqa: FBT001
         self.world.set_spec(suspend=suspend)
+
+    @rule(steps=STEPS)
+    def change_steps(self, steps: list[object]) -> None:
+        self.world.set_spec(steps=steps)
+
+    @rule(steps=STEPS, passes=st.integers(0, 3))
+    def change_steps_while_suspended(self, steps: list[object], passes: int) -> None:
+        self.world.set_spec(suspend=True)
+        for _ in range(passes):
+            self.world.reconcile()
+            self.world.run_controllers()
+            self.world.advance(10)
+        self.world.set_spec(steps=steps)
+        self.world.set_spec(suspend=False)
+        self.world.reconcile()
+
+    @rule()
+    def restart_operator(self) -> None:
+        self.world.restart_operator()
+
+    @rule()
+    def fail_scorers(self) -> None:
+        self.world.fail_scorers()
+
+    @rule(full=st.booleans())
+    def fill_the_nodes(self, full: bool) -> None:  # noqa: FBT001
+        self.world.no_room = full
 
     @rule(up=st.booleans())
     def prometheus(self, up: bool) -> None:  # noqa: FBT001
@@ -107,11 +143,25 @@ class CanaryMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
-        world.prometheus_up, world.dataset = True, build_dataset()
+        world.prometheus_up, world.dataset, world.no_room = True, build_dataset(), False
         world.set_spec(suspend=False)
+        if Track.STABLE in world.arms and world.arms[Track.STABLE].model.model_id in world.broken_models:
+            # It got there in place of a promotion that could not be finished: now it is a person's turn again.
+            world.set_model("base")
         world.settle()
         status = world.canary.status
-        assert status.phase in {"Healthy", "Degraded"} or Track.STABLE in world.arms
+        stable = world.observe().stable
+        assert stable is not None
+        assert stable.rolled_out
+        wanted = world.canary.spec.model.uri == stable.model.uri
+        if status.phase == "Healthy":
+            assert wanted
+            assert world.ready == ("True", "Healthy")
+        else:
+            assert status.phase == "Degraded"
+            assert not wanted
+            assert status.history[0].outcome is Outcome.ROLLED_BACK
+            assert world.ready == ("False", status.history[0].reason)
         assert world.route is None or world.route.canary_weight == 0
         assert Track.CANARY not in world.arms
         assert not world.scorers
