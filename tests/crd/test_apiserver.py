@@ -283,7 +283,7 @@ UNCHANGEABLE = [
     ("FineTune", {"lora": {"rank": 8}}),
     ("FineTune", {"hyperparameters": {"epochs": 9}}),
     ("FineTune", {"padding": "Window"}),
-    ("FineTune", {"distributed": {"zeroStage": 1}}),
+    ("FineTune", {"distributed": {"processesPerNode": 2}}),
     ("FineTune", {"earlyStopping": {"patience": 5}}),
 ]
 
