@@ -104,7 +104,10 @@ def recipe_for(inputs: tuple[DatasetInput, str]) -> Callable[..., dict[str, Any]
 def run(context: RecipeContext) -> FinetuneResult:
     recipe = context.spec.recipe
     assert isinstance(recipe, FinetuneRecipe)
-    return finetune.run(recipe, context)
+    result = finetune.run(recipe, context)
+    for clean_up in context.once_published:  # as the Job does once it has published the Result
+        clean_up()
+    return result
 
 
 class Watcher(ProgressReporter):
