@@ -108,7 +108,6 @@ class World:
         self.fine_tune: FineTune | None = None
         self.fine_tune_state: Any = "NotFound"
         self.broken_models = {"broken"}
-        self.no_room = False  # new pods of stable never start, whatever their model
         self.events: list[EmitEvent] = []
         self.weights: list[int] = []
         self.failed: set[tuple[str, str]] = set()
@@ -159,14 +158,11 @@ class World:
             replicas=arm.replicas,
             ready=sum(ready for _, ready in arm.pods),
             rolled_out=rolled_out,
-            deadline_exceeded=late and not self._can_start(track, arm) and not rolled_out,
+            deadline_exceeded=late and arm.model.model_id in self.broken_models and not rolled_out,
             pods=tuple(
                 ServingPod(f"{track}-{i}", revision, ready=ready) for i, (revision, ready) in enumerate(arm.pods)
             ),
         )
-
-    def _can_start(self, track: Track, arm: Arm) -> bool:
-        return arm.model.model_id not in self.broken_models and not (self.no_room and track is Track.STABLE)
 
     def evidence(self) -> PairedSums | NoEvidence:
         record = self.route.record if self.route else None
@@ -265,9 +261,7 @@ class World:
         if action.track is Track.STABLE and arm.model.revision != action.model.revision and self.route is not None:
             observed = self._observe_arm(Track.STABLE)
             assert observed is not None
-            promoting = self.route.record is not None and self.route.record.promoting
-            stuck = observed.broken or (promoting and observed.deadline_exceeded)
-            assert stuck or action.model.revision in self.passed, "stable changes only after a Pass"
+            assert observed.broken or action.model.revision in self.passed, "stable changes only after a Pass"
         if action.track is Track.CANARY and arm.model.revision != action.model.revision:
             assert self.route is not None
             assert self.route.canary_weight == 0, "the model of an arm that gets requests never changes"
@@ -332,16 +326,14 @@ class World:
 
     def run_controllers(self) -> None:
         """One step of the Deployment controller: surge by one, replace one, drop what is too much."""
-        for track, arm in self.arms.items():
+        for arm in self.arms.values():
             wanted = arm.model.revision
-            good = self._can_start(track, arm)
+            good = arm.model.model_id not in self.broken_models
             arm.pods = [(rev, ready or (rev == wanted and good)) for rev, ready in arm.pods]
             current = [pod for pod in arm.pods if pod[0] == wanted]
             old = [pod for pod in arm.pods if pod[0] != wanted]
             if len(current) < arm.replicas and len(arm.pods) <= arm.replicas:
                 current.append((wanted, False))
-            elif any(not ready for _, ready in old):
-                old.remove(next(pod for pod in old if not pod[1]))
             elif old and sum(ready for _, ready in current + old) > arm.replicas:
                 old.pop()
             elif len(current) > arm.replicas:

@@ -546,49 +546,6 @@ def test_a_change_during_promotion_waits_until_it_is_finished(world: World) -> N
     assert outcomes == [("bad", Outcome.ROLLED_BACK), ("tuned", Outcome.PROMOTED)]
 
 
-@pytest.mark.parametrize("other", ["base", "bad"])
-def test_a_promotion_that_cannot_be_finished_is_left_for_another_model(world: World, other: str) -> None:
-    """Be it the one from before or a third; whoever serves goes on serving until that one does."""
-    world.set_model("tuned")
-    world.until("Promoting")
-    world.no_room = True
-    world.run_controllers()
-    world.reconcile()
-    world.set_model(other)
-    world.reconcile()
-    assert world.arms[Track.STABLE].model.model_id == "tuned", "its time is not over"
-    world.advance(100)
-    world.reconcile()
-    assert world.arms[Track.STABLE].model.model_id == other
-    trial = world.arms[Track.CANARY]
-    for _ in range(3):
-        assert world.weights[-1] == 100
-        assert world.canary.status.phase == "Promoting"
-        assert trial.pods == [(trial.model.revision, True)]
-        world.advance(10)
-        world.reconcile()
-        assert world.arms[Track.STABLE].model.model_id == other, "what was left is not taken up again"
-    world.no_room = False
-    world.settle()
-    assert world.ready == ("True", "Healthy")
-    assert world.arms[Track.STABLE].model.model_id == other
-    assert [(one.model_id, one.outcome) for one in world.canary.status.history] == [("tuned", Outcome.SUPERSEDED)]
-
-
-def test_a_promotion_that_cannot_be_finished_waits_while_its_model_is_wanted(world: World) -> None:
-    world.set_model("tuned")
-    world.until("Promoting")
-    world.no_room = True
-    for _ in range(30):
-        world.run_controllers()
-        world.advance(10)
-        world.reconcile()
-    assert world.weights[-1] == 100
-    world.no_room = False
-    world.settle()
-    assert [one.outcome for one in world.canary.status.history] == [Outcome.PROMOTED]
-
-
 def test_suspend_holds_everything_and_the_clock_starts_anew_afterwards(world: World) -> None:
     world.set_model("tuned")
     world.until("Progressing", 25)

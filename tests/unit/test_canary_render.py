@@ -139,7 +139,6 @@ def test_a_template_is_read_back_as_it_was_written(canary: Canary) -> None:
         RolloutRecord("a", None, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z"),
         RolloutRecord("a", 3, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z", promoting=True),
         RolloutRecord("a", 3, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z", reached=25, losses=2),
-        RolloutRecord("a", 3, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z", promoting=True, abandoned=True),
         RolloutRecord(
             "a",
             0,

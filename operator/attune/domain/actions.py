@@ -59,8 +59,8 @@ class RolloutRecord:
 
     step is None until the first step began. reached is the weight that the canary was last given; losses counts how
     often it has lost that for want of pods in this step. promoting is true from the last Pass until stable serves the
-    new model; abandoned says that it could not, and gets another one instead. A rollout with a failed_reason has
-    failed: no later pass can raise its weight, whatever else was lost. Times are RFC 3339 in UTC.
+    new model. A rollout with a failed_reason has failed: no later pass can raise its weight, whatever else was lost.
+    Times are RFC 3339 in UTC.
     """
 
     id: str
@@ -70,7 +70,6 @@ class RolloutRecord:
     reached: int = 0
     losses: int = 0
     promoting: bool = False
-    abandoned: bool = False
     failed_reason: str | None = None
     failed_message: str | None = None
 

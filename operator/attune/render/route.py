@@ -18,7 +18,6 @@ ANNOTATION_STEP_STARTED: Final = "attune.dev/step-started"
 ANNOTATION_REACHED: Final = "attune.dev/reached-weight"
 ANNOTATION_LOSSES: Final = "attune.dev/losses-in-step"
 ANNOTATION_PROMOTING: Final = "attune.dev/promoting"
-ANNOTATION_ABANDONED: Final = "attune.dev/abandoned"
 ANNOTATION_FAILED: Final = "attune.dev/failed-rollout"
 ANNOTATION_FAILED_REASON: Final = "attune.dev/failed-reason"
 ANNOTATION_FAILED_MESSAGE: Final = "attune.dev/failed-message"
@@ -54,10 +53,6 @@ class Record(Protocol):
     @property
     def promoting(self) -> bool:
         """Whether stable is getting the model."""
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether stable gets another model instead."""
 
     @property
     def failed_reason(self) -> str | None:
@@ -133,8 +128,6 @@ def _build_annotations(record: Record | None) -> dict[str, str]:
         annotations[ANNOTATION_LOSSES] = str(record.losses)
     if record.promoting:
         annotations[ANNOTATION_PROMOTING] = "true"
-    if record.abandoned:
-        annotations[ANNOTATION_ABANDONED] = "true"
     if record.failed_reason is not None:
         annotations[ANNOTATION_FAILED] = record.id
         annotations[ANNOTATION_FAILED_REASON] = record.failed_reason
@@ -178,7 +171,6 @@ def _read_record(annotations: Mapping[str, str]) -> dict[str, Any] | None:
         "reached": min(_read_count(annotations, ANNOTATION_REACHED) or 0, 100),
         "losses": _read_count(annotations, ANNOTATION_LOSSES) or 0,
         "promoting": annotations.get(ANNOTATION_PROMOTING) == "true",
-        "abandoned": annotations.get(ANNOTATION_ABANDONED) == "true",
         "failed_reason": annotations.get(ANNOTATION_FAILED_REASON, "RolledBack") if failed else None,
         "failed_message": annotations.get(ANNOTATION_FAILED_MESSAGE, "") if failed else None,
     }

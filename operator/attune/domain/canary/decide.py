@@ -2,7 +2,7 @@
 
 from attune.api.canary import ArmModel
 from attune.domain.actions import Plan, RolloutRecord
-from attune.domain.canary.ending import continue_promotion
+from attune.domain.canary.ending import promote
 from attune.domain.canary.identity import name_rollout
 from attune.domain.canary.initial import initialize, replace_broken
 from attune.domain.canary.models import resolve_stable, resolve_target
@@ -36,7 +36,9 @@ def _choose(o: ObservedCanary) -> Next:
     record = o.route.rollout if o.route is not None else None
     stable = resolve_stable(o)
     if record is not None and record.promoting:
-        return continue_promotion(o, record, target)
+        # A promotion that has begun is finished before anything else: stable is between two models. It can be
+        # finished, since the canary arm runs the very same pods.
+        return promote(o, record, o.trial.model if o.trial is not None else stable)
     if isinstance(target, Problem):
         if record is not None and not record.failed_reason:
             return continue_rollout(o, record, None, blocked=target)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from attune.api.canary import ArmModel, Phase
 from attune.contract.metrics import Track
 from attune.domain.actions import CanaryAction, EnsureArm, EnsureRoute, RolloutRecord
-from attune.domain.canary.models import choose_trial_template, ensure_stable, resolve_stable
+from attune.domain.canary.models import choose_trial_template, ensure_stable
 from attune.domain.canary.next import MESSAGE_CHARACTERS, SOON_SECONDS, WAIT_SECONDS, Next, Problem
 from attune.domain.canary.observed import ObservedCanary
 from attune.domain.canary.reasons import PROMOTING
@@ -31,27 +31,6 @@ def roll_back(o: ObservedCanary, record: RolloutRecord, failure: Problem, judgem
 def start_promotion(o: ObservedCanary, record: RolloutRecord, model: ArmModel, judgement: Judgement) -> Next:
     """Writes the promotion down on the route, then gives stable the new model."""
     return promote(o, replace(record, promoting=True), model, judgement)
-
-
-def continue_promotion(o: ObservedCanary, record: RolloutRecord, target: ArmModel | Problem) -> Next:
-    """Finishes a promotion, since stable is between two models; or gives it up for another model where it can't be.
-
-    Stable's new pods may never start although the canary's have: there may be no room for one more. Until another model
-    is wanted they are waited for. Then stable gets that one at once: there is no stable that it could be compared with.
-    Whoever serves goes on serving meanwhile, the canary with its weight and those pods of stable that are left.
-    """
-    # What was given up is not taken up again: stable may have got its former model back.
-    model = o.trial.model if o.trial is not None and not record.abandoned else resolve_stable(o)
-    arm = o.stable
-    stuck = (
-        arm is not None
-        and arm.model.revision == model.revision
-        and not arm.rolled_out
-        and (arm.deadline_exceeded or (arm.problem is not None and arm.problem.fatal))
-    )
-    if stuck and not isinstance(target, Problem) and target.revision != model.revision:
-        return promote(o, replace(record, abandoned=True), target)
-    return promote(o, record, model)
 
 
 def promote(o: ObservedCanary, record: RolloutRecord, model: ArmModel, judgement: Judgement | None = None) -> Next:

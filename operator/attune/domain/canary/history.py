@@ -59,11 +59,7 @@ def _name_outcome(
         return Outcome.ROLLED_BACK, failed.failed_reason or standing.reason, failed.failed_message or ""
     if past.failed_reason is not None:
         return Outcome.ROLLED_BACK, past.failed_reason, past.failed_message or ""
-    trial = o.trial.model if o.trial is not None else o.status.canary
     if past.promoting:
-        if trial is not None and trial.revision != resolve_stable(o).revision:
-            message = "stable's pods did not start with it, and spec.model or spec.template was changed"
-            return Outcome.SUPERSEDED, "Superseded", message
         figures = o.status.analysis.message if o.status.analysis is not None else "every step passed"
         return Outcome.PROMOTED, "Promoted", figures
     target = resolve_target(o)
