@@ -108,6 +108,7 @@ class World:
         self.fine_tune: FineTune | None = None
         self.fine_tune_state: Any = "NotFound"
         self.broken_models = {"broken"}
+        self.no_room = False  # new pods of stable never start, whatever their model
         self.events: list[EmitEvent] = []
         self.weights: list[int] = []
         self.failed: set[tuple[str, str]] = set()
@@ -158,11 +159,14 @@ class World:
             replicas=arm.replicas,
             ready=sum(ready for _, ready in arm.pods),
             rolled_out=rolled_out,
-            deadline_exceeded=late and arm.model.model_id in self.broken_models and not rolled_out,
+            deadline_exceeded=late and not self._can_start(track, arm) and not rolled_out,
             pods=tuple(
                 ServingPod(f"{track}-{i}", revision, ready=ready) for i, (revision, ready) in enumerate(arm.pods)
             ),
         )
+
+    def _can_start(self, track: Track, arm: Arm) -> bool:
+        return arm.model.model_id not in self.broken_models and not (self.no_room and track is Track.STABLE)
 
     def evidence(self) -> PairedSums | NoEvidence:
         record = self.route.record if self.route else None
@@ -326,14 +330,16 @@ class World:
 
     def run_controllers(self) -> None:
         """One step of the Deployment controller: surge by one, replace one, drop what is too much."""
-        for arm in self.arms.values():
+        for track, arm in self.arms.items():
             wanted = arm.model.revision
-            good = arm.model.model_id not in self.broken_models
+            good = self._can_start(track, arm)
             arm.pods = [(rev, ready or (rev == wanted and good)) for rev, ready in arm.pods]
             current = [pod for pod in arm.pods if pod[0] == wanted]
             old = [pod for pod in arm.pods if pod[0] != wanted]
             if len(current) < arm.replicas and len(arm.pods) <= arm.replicas:
                 current.append((wanted, False))
+            elif any(not ready for _, ready in old):
+                old.remove(next(pod for pod in old if not pod[1]))
             elif old and sum(ready for _, ready in current + old) > arm.replicas:
                 old.pop()
             elif len(current) > arm.replicas:

@@ -546,6 +546,24 @@ def test_a_change_during_promotion_waits_until_it_is_finished(world: World) -> N
     assert outcomes == [("bad", Outcome.ROLLED_BACK), ("tuned", Outcome.PROMOTED)]
 
 
+def test_a_promotion_that_finds_no_room_waits_and_lets_no_other_model_past_the_trial(world: World) -> None:
+    world.set_model("tuned")
+    world.until("Promoting")
+    world.no_room = True
+    for minute in range(30):
+        world.run_controllers()
+        world.advance(10)
+        world.reconcile()
+        if minute == 20:
+            world.set_model("bad")
+    assert world.weights[-1] == 100
+    assert world.arms[Track.STABLE].model.model_id == world.arms[Track.CANARY].model.model_id == "tuned"
+    world.no_room = False
+    world.settle()
+    outcomes = [(one.model_id, one.outcome) for one in world.canary.status.history]
+    assert outcomes == [("bad", Outcome.ROLLED_BACK), ("tuned", Outcome.PROMOTED)]
+
+
 def test_suspend_holds_everything_and_the_clock_starts_anew_afterwards(world: World) -> None:
     world.set_model("tuned")
     world.until("Progressing", 25)
