@@ -444,15 +444,22 @@ class TestProcesses:
             _check_exit_status(code)
 
     def test_a_child_that_the_kernel_killed_is_told_from_one_that_was_asked_to_end(self) -> None:
-        with subprocess.Popen(["sleep", "600"]) as asked, subprocess.Popen(["sleep", "600"]) as killed:
-            asked.terminate()
-            wait_until(lambda: psutil.Process(asked.pid).status() == psutil.STATUS_ZOMBIE)
-            assert not has_killed_child(os.getpid())
-            killed.kill()
-            wait_until(lambda: psutil.Process(killed.pid).status() == psutil.STATUS_ZOMBIE)
-            assert has_killed_child(os.getpid())
-        assert not has_killed_child(os.getpid())
-        assert not has_killed_child(killed.pid)
+        # A parent of their own, which asks for nobody's status: this process has other children.
+        command = ["sh", "-c", "sleep 600 & sleep 600 & exec sleep 600"]
+        with subprocess.Popen(command) as parent:
+            wait_until(lambda: len(psutil.Process(parent.pid).children()) == 2)
+            asked, killed = psutil.Process(parent.pid).children()
+            try:
+                asked.terminate()
+                wait_until(lambda: asked.status() == psutil.STATUS_ZOMBIE)
+                assert not has_killed_child(parent.pid)
+                killed.kill()
+                wait_until(lambda: killed.status() == psutil.STATUS_ZOMBIE)
+                assert has_killed_child(parent.pid)
+            finally:
+                for process in (asked, killed, parent):
+                    process.kill()
+        assert not has_killed_child(parent.pid)
 
     def test_another_status_is_no_success(self) -> None:
         _check_exit_status(0)
