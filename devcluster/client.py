@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from devcluster.build import RECIPES
 from devcluster.errors import ClusterError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -164,9 +165,14 @@ def store_on_loopback(namespace: str) -> Iterator[None]:
 
 
 def install_operator(values: Path) -> None:
-    """Installs the chart, or brings an installed one up to date."""
+    """Installs the chart, or brings an installed one up to date.
+
+    The images of a development cluster keep their tag, so an annotation tells that the code behind it has changed.
+    """
+    sources = RECIPES["operator"].digest()[:12]
     run(
         "helm", "upgrade", "--install", "attune", str(REPOSITORY / "helm" / "attune"),
         "--namespace", "attune-system", "--create-namespace", "--values", str(values), "--wait", "--timeout", "3m",
+        "--set-string", f"podAnnotations.attune\\.dev/sources={sources}",
     )  # fmt: skip
     say("helm: operator installed")
