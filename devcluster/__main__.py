@@ -26,7 +26,8 @@ def main() -> int:
     load.add_argument("names", nargs="*", help="operator, trainer, inference; all of them if none is named")
     commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
     commands.add_parser("env", help="print shell commands that make kubectl and helm find the cluster")
-    commands.add_parser("prefetch", help="build the node's programs ahead of `up`; it may be ended at any time")
+    ahead = commands.add_parser("prefetch", help="build the node's programs ahead of `up`; it may be ended at any time")
+    ahead.add_argument("--images", action="store_true", help="and the images")
     arguments = parser.parse_args()
     # A shell of `su` finds neither nft nor modprobe, and the daemons inherit what it finds.
     os.environ["PATH"] = ADMINISTRATORS_PATH
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
         case "prefetch":
             # So that the compiler's output folder is removed; what was compiled is kept, and `up` goes on from there.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-            up.prefetch()
+            up.prefetch(with_images=arguments.images)
         case "images":
             up.load_images(arguments.names)
         case "kubeconfig":

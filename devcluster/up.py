@@ -145,10 +145,15 @@ def _up_node() -> None:
     _wait_rollouts(current.kubectl, {"kube-system": "coredns"})
 
 
-def prefetch() -> None:
-    """Provide the programs that a node will need, where it is to be a node: what goes on while something else waits."""
-    if choose().kind == "node":
-        binaries.ensure([*FIRST_PROGRAMS, *OTHER_PROGRAMS])
+def prefetch(*, with_images: bool) -> None:
+    """Provide the programs that a node will need, and its images, where it is to be a node."""
+    if choose().kind != "node":
+        return
+    binaries.ensure([*FIRST_PROGRAMS, *OTHER_PROGRAMS])
+    if with_images:
+        ensure_packages()
+        for recipe in images.recipes(()):
+            images.build_for_node(recipe)
 
 
 def ensure_packages() -> None:
