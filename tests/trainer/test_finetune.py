@@ -127,6 +127,12 @@ class Watcher(ProgressReporter):
                 self._act()
 
 
+def go_on(make_context: MakeContext, recipe: dict[str, Any], work_directory: Path) -> tuple[Watcher, FinetuneResult]:
+    """Runs a second attempt, in another pod, to its end; gives the steps that it trained, and its result."""
+    watcher = Watcher(10**9, lambda: None)
+    return watcher, run(make_context(recipe, reporter=watcher, work_directory=work_directory, attempt_uid="two"))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(
     s3_server: S3Server, recipe_for: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
@@ -190,10 +196,7 @@ def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
     with pytest.raises(Terminated) as raised:
         run(make_context(recipe_for(key_prefix), stop=stop, reporter=first, work_directory=tmp_path / "first"))
     assert raised.value.code is ExitCode.TERMINATED
-    second = Watcher(10**9, lambda: None)
-    result = run(
-        make_context(recipe_for(key_prefix), reporter=second, work_directory=tmp_path / "second", attempt_uid="two")
-    )
+    second, result = go_on(make_context, recipe_for(key_prefix), tmp_path / "second")
     whole = uninterrupted[0]
     assert second.seen[0] == first.seen[-1] + 1
     assert result.steps == whole.steps == second.seen[-1]
@@ -223,10 +226,7 @@ def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_t
     assert len(sealed) <= 2
     # The newest is damaged on top of it: an older one, or none, has to serve.
     s3_store.write_bytes(sealed[-1].replace("seal.json", "state.json"), b"{}")
-    second = Watcher(10**9, lambda: None)
-    result = run(
-        make_context(recipe_for(key_prefix), reporter=second, work_directory=tmp_path / "second", attempt_uid="two")
-    )
+    second, result = go_on(make_context, recipe_for(key_prefix), tmp_path / "second")
     newest = int(sealed[-1].split("/")[-2].split("-")[1])
     assert second.seen[0] <= newest
     assert result.model_digest == uninterrupted[0].model_digest
@@ -246,10 +246,7 @@ def test_a_run_that_was_cut_off_while_it_published_trains_no_step_again(
         patch.setattr(finetune, "_publish", lose)
         with pytest.raises(StoreUnavailable):
             run(make_context(recipe_for(key_prefix), work_directory=tmp_path / "first"))
-    second = Watcher(10**9, lambda: None)
-    result = run(
-        make_context(recipe_for(key_prefix), reporter=second, work_directory=tmp_path / "second", attempt_uid="two")
-    )
+    second, result = go_on(make_context, recipe_for(key_prefix), tmp_path / "second")
     whole = uninterrupted[0]
     assert second.seen == []
     assert (result.steps, result.epochs, result.stopped_early) == (whole.steps, whole.epochs, whole.stopped_early)

@@ -25,15 +25,12 @@ def test_locked_requirements_have_hashes_and_name_no_registry() -> None:
 
 
 def test_tracked_files_name_no_path_of_one_machine() -> None:
+    # Bracketed letters keep the pattern from being what it looks for.
     found = subprocess.run(
-        ["git", "grep", "-nIE", r"(^|[^A-Za-z0-9_.-])/(work|farm)/|/root/", "--", ".", ":!*.sum", f":!{_here()}"],
+        ["git", "grep", "-nIE", r"(^|[^A-Za-z0-9_.-])/(w[o]rk|f[a]rm)/|/r[o]ot/", "--", ".", ":!*.sum"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert found.stdout == ""
-
-
-def _here() -> str:
-    return str(Path(__file__).resolve().relative_to(ROOT))

@@ -11,6 +11,11 @@ STALLED = "Stalled"
 State = Literal["True", "False", "Unknown"]
 
 
+def find_condition(conditions: Iterable[Condition], kind: str) -> Condition | None:
+    """Gives the condition of a type; None before it was first written."""
+    return next((one for one in conditions if one.type == kind), None)
+
+
 def decide_conditions(
     previous: Iterable[Condition],
     *,

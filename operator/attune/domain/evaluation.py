@@ -9,7 +9,7 @@ from attune.contract.job import DatasetInput, EvaluateCandidate, EvaluateRecipe,
 from attune.contract.measures import Gate
 from attune.contract.result import EvaluateResult
 from attune.domain.actions import EnsureJob, Plan
-from attune.domain.conditions import State
+from attune.domain.conditions import State, find_condition
 from attune.domain.finetune import ObservedDatasetRef
 from attune.domain.jobs import (
     SUSPENDED,
@@ -84,7 +84,7 @@ def decide_evaluation(observed: ObservedEvaluation) -> Plan:
 
 def _is_judged(evaluation: Evaluation) -> bool:
     """Tells whether the verdict in the status is one on the present spec, and nothing has been asked for since."""
-    succeeded = next((one for one in evaluation.status.conditions if one.type == Evaluation.TERMINAL_CONDITION), None)
+    succeeded = find_condition(evaluation.status.conditions, Evaluation.TERMINAL_CONDITION)
     return (
         evaluation.status.verdict is not None
         and succeeded is not None

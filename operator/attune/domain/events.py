@@ -5,6 +5,7 @@ from typing import Literal
 
 from attune.api.meta import Condition
 from attune.domain.actions import EmitEvent
+from attune.domain.conditions import find_condition
 
 
 def decide_events(
@@ -14,7 +15,7 @@ def decide_events(
 
     A pass in which nothing changes announces nothing, so a re-sync writes no Event.
     """
-    old = next((one for one in before if one.type == terminal), None)
+    old = find_condition(before, terminal)
     new = next(one for one in after if one.type == terminal)
     same = old is not None and old.reason == new.reason and (kind == "Normal" or old.message == new.message)
     if same:

@@ -83,12 +83,6 @@ class ObservedJob:
         """The pod that works at the moment."""
         return next((pod for pod in self.pods if pod.phase == "Running" and pod.exit_code is None), None)
 
-    @property
-    def ended_pod(self) -> ObservedPod | None:
-        """The pod that failed last."""
-        ended = [pod for pod in self.pods if pod.exit_code not in (None, 0)]
-        return max(ended, key=lambda pod: (pod.created, pod.name), default=None)
-
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -332,7 +326,8 @@ def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording) -> Cou
 
 def describe_failure(job: ObservedJob, words: Wording) -> tuple[str, str, ExitCode | None]:
     """Gives reason, message and exit code of a Job's latest failure: the recipe's own words where it left some."""
-    pod = job.ended_pod
+    ended = [pod for pod in job.pods if pod.exit_code not in (None, 0)]
+    pod = max(ended, key=lambda one: (one.created, one.name), default=None)
     if pod is None or pod.exit_code is None:
         reason = job.failed_reason or "JobFailed"
         return reason, job.failed_message or f"Job {job.name} failed and its pods are gone", None

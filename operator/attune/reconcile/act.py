@@ -19,6 +19,7 @@ from attune.domain.actions import (
     EnsureScorer,
     Plan,
 )
+from attune.domain.conditions import find_condition
 from attune.domain.times import format_time, parse_time
 from attune.errors import AlreadyExists, Refused
 from attune.reconcile import act_canary
@@ -141,7 +142,7 @@ def write_status(cluster: Cluster, resource: Resource, status: Status) -> bool:
             "status": content,
         }
     )
-    terminal = next((one for one in status.conditions if one.type == resource.TERMINAL_CONDITION), None)
+    terminal = find_condition(status.conditions, resource.TERMINAL_CONDITION)
     # Progress alone is no line in the log: it would be one every few seconds.
     _log.log(
         logging.DEBUG if status.conditions == resource.status.conditions else logging.INFO,

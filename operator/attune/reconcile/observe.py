@@ -10,7 +10,7 @@ from attune.adapters.progress import read_progress
 from attune.api import Dataset, Evaluation, FineTune
 from attune.api.meta import Condition, Resource, Status
 from attune.contract.job import ModelInput
-from attune.domain.conditions import STALLED
+from attune.domain.conditions import STALLED, find_condition
 from attune.domain.dataset import ObservedDataset
 from attune.domain.evaluation import ObservedEvaluation, ObservedFineTuneRef
 from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune
@@ -128,7 +128,7 @@ def judge_availability(resource: Resource) -> Availability:
     generation = resource.metadata.generation
 
     def find(kind: str) -> Condition | None:
-        return next((one for one in resource.status.conditions if one.type == kind), None)
+        return find_condition(resource.status.conditions, kind)
 
     terminal, stalled = find(resource.TERMINAL_CONDITION), find(STALLED)
     if terminal is None or stalled is None or terminal.observed_generation < generation:

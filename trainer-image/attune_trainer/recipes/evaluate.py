@@ -131,18 +131,18 @@ def _measure(
     """
     try:
         context.reporter.update(stage="LoadingModel", percent=_begun(recipe, position))
-        folder, digest = context.directory("models") / str(position), candidate.model.digest
-        fetched = digest is None
-        if digest is None:
-            digest = digest_directory(fetch_model(context.store, candidate.model.uri, folder))
+        folder, known = context.directory("models") / str(position), candidate.model.digest
+        digest = known or digest_directory(fetch_model(context.store, candidate.model.uri, folder))
         question = _question(recipe, digest)
         name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
         key = f"{recipe.dataset.uri.rstrip('/')}/measured/{name}.json"
         heard = _read_measured(context, key, question)
         if heard is None:
-            if not fetched:
-                fetch_model(context.store, candidate.model.uri, folder, digest)
-            heard = _transcribe_all(candidate, folder, position, recipe, context, utterances, references, language)
+            if known:
+                fetch_model(context.store, candidate.model.uri, folder, known)
+            heard = _transcribe_all(
+                candidate, folder, digest, position, recipe, context, utterances, references, language
+            )
             context.publish(key, {"question": question, "heard": _HEARD.dump_python(heard, mode="json")})
         shutil.rmtree(folder, ignore_errors=True)
         return replace(heard, measured=replace(heard.measured, name=candidate.name))
@@ -199,6 +199,7 @@ def _read_measured(context: RecipeContext, key: str, question: dict[str, Any]) -
 def _transcribe_all(
     candidate: EvaluateCandidate,
     folder: Path,
+    digest: str,
     position: int,
     recipe: EvaluateRecipe,
     context: RecipeContext,
@@ -227,7 +228,7 @@ def _transcribe_all(
     normalised = [normalise(hypotheses[index], language) for index in range(len(utterances))]
     measured = Measured(
         name=candidate.name,
-        model_digest=recognizer.model_digest,
+        model_digest=digest,
         padding=recognizer.padding,
         words=tuple(map(count_errors, references, normalised)),
         characters=tuple(

@@ -5,6 +5,7 @@ from typing import Final
 from attune.api.canary import Canary, CanaryStatus, HistoryEntry, Outcome, RolloutStatus
 from attune.domain.actions import EmitEvent
 from attune.domain.canary.reasons import HEALTHY, PROMOTING, ROLLOUT_PROGRESSING
+from attune.domain.conditions import find_condition
 from attune.domain.jobs import Standing
 from attune.domain.times import parse_time
 
@@ -25,7 +26,7 @@ def announce(before: CanaryStatus, after: CanaryStatus, standing: Standing) -> t
     rollout = after.rollout
     if rollout is not None:
         events += _announce_progress(before, after, rollout)
-    old = next((one for one in before.conditions if one.type == Canary.TERMINAL_CONDITION), None)
+    old = find_condition(before.conditions, Canary.TERMINAL_CONDITION)
     told = {ROLLOUT_PROGRESSING, PROMOTING} | ({ended.reason, HEALTHY} if ended is not None else set())
     if (old is None or old.reason != standing.reason) and standing.reason not in told:
         events.append(EmitEvent(standing.event_kind, standing.reason, standing.message))

@@ -7,6 +7,7 @@ from attune.api.canary import Canary, Outcome, RolloutStatus, Step
 from attune.domain.actions import RolloutRecord
 from attune.domain.arms import ObservedRoute
 from attune.domain.canary.observed import ObservedCanary
+from attune.domain.conditions import find_condition
 from attune.domain.jobs import SUSPENDED
 from attune.domain.times import format_time, parse_time
 
@@ -63,7 +64,7 @@ def find_start(o: ObservedCanary, record: RolloutRecord) -> datetime:
 
 def restart_clock(o: ObservedCanary, record: RolloutRecord) -> RolloutRecord:
     """Restarts the step's clock after a suspension, during which no step could be decided."""
-    ready = next((one for one in o.status.conditions if one.type == Canary.TERMINAL_CONDITION), None)
+    ready = find_condition(o.status.conditions, Canary.TERMINAL_CONDITION)
     if ready is not None and ready.reason == SUSPENDED:
         return replace(record, step_started=format_time(o.now))
     return record
