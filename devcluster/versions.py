@@ -8,8 +8,8 @@ CONTAINERD = "2.4.2"
 COREDNS = "1.15.0"
 HELM = "3.22.0"
 VERSITYGW = "1.8.0"
-# As a Go module this is v0.311.0. Debian's package will not do: it was built without the discovery of pods.
-PROMETHEUS = "3.11.0"
+# As a Go module this is v0.313.5. Debian's package will not do: it was built without the discovery of pods.
+PROMETHEUS = "3.13.5"
 TRAEFIK = "3.7.15"
 TRAEFIK_WHEELS = {
     "arm64": (

@@ -25,7 +25,7 @@ def required(tool: str) -> dict[str, str]:
 def test_a_program_is_the_version_that_its_module_pins(program):
     if program.tool == "prometheus":
         major, minor, patch = (int(part) for part in program.version.split("."))
-        # The module's versions are the releases', squeezed below v1: v3.11.0 is v0.311.0.
+        # The module's versions are the releases', squeezed below v1: v3.13.5 is v0.313.5.
         assert required(program.tool)["github.com/prometheus/prometheus"] == f"0.{major * 100 + minor}.{patch}"
     elif program.tool in MODULES:
         assert required(program.tool)[MODULES[program.tool]] == program.version
