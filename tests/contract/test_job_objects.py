@@ -115,6 +115,22 @@ def test_termination_message_survives_the_way_back(result: Any) -> None:
     assert Summary.model_validate_json(message).result == result
 
 
+@pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])
+def test_queue_and_priorities_are_all_that_differs_in_a_job_that_waits_for_its_turn(kind: str) -> None:
+    plain = build_job(wanted(kind), SETTINGS)
+    turn = {"queueName": "speech", "workloadPriorityClassName": "high", "priorityClassName": "gpu"}
+    queued = build_job(wanted(kind, **turn), SETTINGS)
+    labels = queued["metadata"]["labels"]
+    assert labels.pop("kueue.x-k8s.io/queue-name") == "speech"
+    assert labels.pop("kueue.x-k8s.io/priority-class") == "high"
+    assert queued["spec"].pop("suspend") is True
+    assert plain["spec"].pop("suspend") is False
+    pod = queued["spec"]["template"]["spec"]
+    assert pod.pop("priorityClassName") == "gpu"
+    names = [one["metadata"].pop("name") for one in (plain, queued)]
+    assert json.loads(json.dumps(queued).replace(names[1], names[0])) == plain
+
+
 def test_pods_fit_the_restricted_standard() -> None:
     for kind in ("Dataset", "FineTune", "Evaluation"):
         pod = build_job(wanted(kind), SETTINGS)["spec"]["template"]["spec"]
