@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from attune.adapters.cluster import JOB, Cluster, Object, ResourceType
+from attune.errors import Refused
 
 from tests.reconcile.kubelet import Namespace, now, wait_for
 
@@ -97,10 +98,18 @@ class Kueue:
             job, Evicted=("True", "Preempted", message), QuotaReserved=("False", "Pending", message),
         )  # fmt: skip
         self._patch(JOB, name, {"spec": {"suspend": True}})
-        # A Job that has begun keeps its template.
-        self._patch(JOB, name, {"status": {"startTime": None}}, subresource="status")
         template = {"spec": {"nodeSelector": None}, "metadata": {"labels": {f"{GROUP}/podset": None}}}
-        self._patch(JOB, name, {"spec": {"template": template}})
+
+        def restore() -> bool:
+            # A Job keeps its template as long as it counts as begun.
+            try:
+                self._patch(JOB, name, {"status": {"startTime": None}}, subresource="status")
+                self._patch(JOB, name, {"spec": {"template": template}})
+            except Refused:
+                return False
+            return True
+
+        wait_for(restore, "a suspended Job to get its template back")
 
     def suspend(self, job: Object) -> None:
         """Suspends a Job that it found in no queue."""
