@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from attune.api.meta import PodResources
-from attune.contract.environment import STORE_SECRET_KEYS
+from attune.contract.environment import STOP_SECONDS, STORE_SECRET_KEYS
 from attune.contract.exitcode import Disposition, ExitCode
 from attune.contract.job import JobSpec
 from attune.contract.result import Summary
@@ -113,6 +113,12 @@ def test_every_exit_code_has_its_rule_and_disruption_comes_first() -> None:
 def test_termination_message_survives_the_way_back(result: Any) -> None:
     message = summarise(result=result).to_message()
     assert Summary.model_validate_json(message).result == result
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])
+def test_pod_that_is_told_to_stop_is_gone_within_a_minute_and_not_killed_before_it_has_ended_itself(kind: str) -> None:
+    grace = build_job(wanted(kind), SETTINGS)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert STOP_SECONDS < grace <= 60
 
 
 @pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])
