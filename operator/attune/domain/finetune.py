@@ -15,6 +15,7 @@ from attune.api.finetune import (
     ProgressStatus,
     Usage,
 )
+from attune.contract.environment import STOP_SECONDS
 from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput
 from attune.contract.result import FinetuneResult, Progress
 from attune.contract.training import Checkpointing
@@ -31,6 +32,7 @@ from attune.domain.jobs import (
     build_key,
     build_plan,
     decide_course,
+    decide_expired,
     decide_outdated,
     describe_availability,
 )
@@ -49,8 +51,8 @@ _RUN: Final = Wording(
         "hyperparameters.maxBatchSeconds or batchSize"
     ),
 )
-# Time to write a checkpoint to the store when the pod is told to stop.
-_GRACE_SECONDS: Final = 120
+# Time to write a checkpoint to the store when the pod is told to stop: a GPU is to be free again within a minute.
+_GRACE_SECONDS: Final = STOP_SECONDS + 5
 _BASE_CHARACTERS: Final = 100
 
 
@@ -85,8 +87,11 @@ def decide_finetune(observed: ObservedFineTune) -> Plan:
         return _decide_inputs(observed)
     wanted = build_finetune_job(tune, fixed)
     if status.model is not None and is_same_run(status.job_name, wanted.name):
-        actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
-        return build_plan(tune, status, _describe_trained(status), observed.now, actions)
+        outdated = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
+        kept = [one for one in observed.jobs if one.name not in {other.name for other in outdated}]
+        expired, look_again = decide_expired(kept, tune.spec.ttl_seconds_after_finished, observed.now)
+        actions = (*outdated, *expired)
+        return build_plan(tune, status, _describe_trained(status), observed.now, actions, look_again)
     course = decide_course(wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings)
     if isinstance(course.result, FinetuneResult):
         status = _take_result(status, course.result, wanted.name)
@@ -171,6 +176,7 @@ def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> 
             }
         ),
         run,
+        turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
         termination_grace_seconds=_GRACE_SECONDS,
