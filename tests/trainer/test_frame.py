@@ -187,6 +187,28 @@ def test_sigterm_ends_with_143_and_the_next_attempt_finishes(
     assert code == ExitCode.OK
 
 
+def test_a_recipe_that_does_not_stop_is_ended_before_the_kubelet_kills_it(
+    job_environment: dict[str, str], s3_store: Store, key_prefix: str
+) -> None:
+    """Killed by the kubelet it would be told from one that ran out of memory by nobody, and fail for good."""
+    check = (
+        "import os, signal, sys, time, attune_trainer.recipes.prepare as p, attune_trainer.__main__ as m\n"
+        "def run(recipe, context):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    while True: time.sleep(1)\n"
+        "p.run, m.STOP_SECONDS = run, 0.1\nsys.exit(m.main([]))"
+    )
+    Path(job_environment["ATTUNE_JOB_FILE"]).write_text(json.dumps(spec(key_prefix, recipe(key_prefix))))
+    ended = subprocess.run(
+        [sys.executable, "-c", check], env=job_environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ended.returncode == ExitCode.TERMINATED
+    summary = read_summary(job_environment)
+    assert summary is not None
+    assert summary["failure"]["reason"] == "Terminated"
+    assert "did not end within" in summary["failure"]["message"]
+
+
 def test_an_unexpected_error_tells_its_type_and_place_but_quotes_nothing(
     job_environment: dict[str, str], s3_store: Store, key_prefix: str
 ) -> None:

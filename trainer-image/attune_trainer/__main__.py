@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from attune.contract.environment import JOB_FILE, JOB_FILE_VARIABLE
+from attune.contract.environment import JOB_FILE, JOB_FILE_VARIABLE, STOP_SECONDS
 from attune.contract.exitcode import ExitCode
 
 from attune_trainer import job
-from attune_trainer.failures import RecipeFailure, from_exception
+from attune_trainer.failures import RecipeFailure, Terminated, from_exception
 from attune_trainer.logs import configure_logging
 from attune_trainer.progress import ProgressReporter, ProgressServer
 from attune_trainer.recipes import COMMANDS
@@ -45,6 +45,14 @@ def run_job(stop: threading.Event) -> ExitCode:
     return ExitCode.OK
 
 
+def give_up() -> None:
+    """Ends the process at once, as one that was told to; what it was doing is lost, and its last checkpoint is not."""
+    message = f"the Job did not end within {STOP_SECONDS} s of being asked to; it goes on from its last checkpoint"
+    _log.warning("ends in the middle of its work", extra={"seconds": STOP_SECONDS})
+    job.write_termination_message(job.summarise(failure=Terminated(message).to_failure()))
+    os._exit(int(ExitCode.TERMINATED))
+
+
 def main(arguments: list[str]) -> int:
     """Gives the process's exit status: that of a command, or the ExitCode of the job file's recipe."""
     configure_logging()
@@ -62,6 +70,10 @@ def main(arguments: list[str]) -> int:
 
     def request_stop(number: int, _frame: FrameType | None) -> None:
         _log.info("asked to end", extra={"signal": signal.Signals(number).name})
+        if not stop.is_set():
+            last_moment = threading.Timer(STOP_SECONDS, give_up)
+            last_moment.daemon = True
+            last_moment.start()
         stop.set()
 
     signal.signal(signal.SIGTERM, request_stop)

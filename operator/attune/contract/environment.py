@@ -25,6 +25,10 @@ STORE_SECRET_KEYS: Final = {
 }
 STORE_SECRET_REQUIRED: Final = frozenset({STORE_ENDPOINT, STORE_BUCKET})
 
+# A recipe that was told to stop ends itself after this long, whatever it is doing. A container that the kubelet has to
+# kill looks like one that ran out of memory, so each pod's grace period is longer.
+STOP_SECONDS: Final = 50
+
 # The pod's uid (downward API): fences what an attempt writes.
 ATTEMPT_UID: Final = "ATTUNE_ATTEMPT_UID"
 

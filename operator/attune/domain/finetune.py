@@ -15,6 +15,7 @@ from attune.api.finetune import (
     ProgressStatus,
     Usage,
 )
+from attune.contract.environment import STOP_SECONDS
 from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput
 from attune.contract.result import FinetuneResult, Progress
 from attune.contract.training import Checkpointing
@@ -49,8 +50,8 @@ _RUN: Final = Wording(
         "hyperparameters.maxBatchSeconds or batchSize"
     ),
 )
-# Time to write a checkpoint to the store when the pod is told to stop.
-_GRACE_SECONDS: Final = 120
+# Time to write a checkpoint to the store when the pod is told to stop: a GPU is to be free again within a minute.
+_GRACE_SECONDS: Final = STOP_SECONDS + 5
 _BASE_CHARACTERS: Final = 100
 
 
