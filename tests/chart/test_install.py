@@ -140,8 +140,10 @@ NEEDED: tuple[tuple[str, str], ...] = (
     *((verb, "services") for verb in ("get", "create", "patch")),
     *((verb, "configmaps") for verb in ("get", "create", "delete")),
     *((verb, "pods") for verb in ("get", "list", "watch")),
-    *((verb, "events") for verb in ("get", "create", "patch")),
+    *((verb, "events") for verb in ("get", "list", "create", "patch")),
     ("get", "gateway.networking.k8s.io/gateways"),
+    ("get", "kueue.x-k8s.io/localqueues"),
+    ("list", "kueue.x-k8s.io/workloads"),
 )
 FORBIDDEN: tuple[tuple[str, str], ...] = (
     *((verb, "secrets") for verb in ("get", "list", "watch", "create", "update", "patch", "delete")),
@@ -157,6 +159,11 @@ FORBIDDEN: tuple[tuple[str, str], ...] = (
     ("create", "rbac.authorization.k8s.io/rolebindings"),
     ("update", "gateway.networking.k8s.io/gateways"),
     ("list", "coordination.k8s.io/leases"),
+    *(
+        (verb, f"kueue.x-k8s.io/{kind}")
+        for kind in ("workloads", "localqueues")
+        for verb in ("create", "update", "patch", "delete")
+    ),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from attune.api.meta import PodResources
-from attune.contract.environment import STORE_SECRET_KEYS
+from attune.contract.environment import STOP_SECONDS, STORE_SECRET_KEYS
 from attune.contract.exitcode import Disposition, ExitCode
 from attune.contract.job import JobSpec
 from attune.contract.result import Summary
@@ -113,6 +113,28 @@ def test_every_exit_code_has_its_rule_and_disruption_comes_first() -> None:
 def test_termination_message_survives_the_way_back(result: Any) -> None:
     message = summarise(result=result).to_message()
     assert Summary.model_validate_json(message).result == result
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])
+def test_pod_that_is_told_to_stop_is_gone_within_a_minute_and_not_killed_before_it_has_ended_itself(kind: str) -> None:
+    grace = build_job(wanted(kind), SETTINGS)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert STOP_SECONDS < grace <= 60
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])
+def test_queue_and_priorities_are_all_that_differs_in_a_job_that_waits_for_its_turn(kind: str) -> None:
+    plain = build_job(wanted(kind), SETTINGS)
+    turn = {"queueName": "speech", "workloadPriorityClassName": "high", "priorityClassName": "gpu"}
+    queued = build_job(wanted(kind, **turn), SETTINGS)
+    labels = queued["metadata"]["labels"]
+    assert labels.pop("kueue.x-k8s.io/queue-name") == "speech"
+    assert labels.pop("kueue.x-k8s.io/priority-class") == "high"
+    assert queued["spec"].pop("suspend") is True
+    assert plain["spec"].pop("suspend") is False
+    pod = queued["spec"]["template"]["spec"]
+    assert pod.pop("priorityClassName") == "gpu"
+    names = [one["metadata"].pop("name") for one in (plain, queued)]
+    assert json.loads(json.dumps(queued).replace(names[1], names[0])) == plain
 
 
 def test_pods_fit_the_restricted_standard() -> None:

@@ -132,6 +132,8 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "more sources than there may be": (
         "Dataset", "sources", [SMALL["Dataset"]["sources"][0]] * 17, "must have at most 16 items",
     ),
+    "a queue that no LocalQueue can be called": ("Dataset", "queueName", "Speech_1", "should match"),
+    "a place in no queue": ("FineTune", "workloadPriorityClassName", "high", "is Kueue's and needs spec.queueName"),
     "a source that is no S3 prefix": ("Dataset", "sources.0.s3.uri", "hf://openai/x", "must start with s3://"),
     "a source that is a URL of another kind": ("Dataset", "sources.0.s3.uri", "http://internal/x", "should match"),
     "a Manifest without its file": (

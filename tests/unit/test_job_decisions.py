@@ -5,7 +5,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from attune.api.meta import Status
 from attune.contract.exitcode import ExitCode
 from attune.contract.result import Failure, Progress, Summary
 from attune.domain.actions import DeleteJob, EmitEvent, EnsureJob
@@ -13,19 +12,25 @@ from attune.domain.dataset import ObservedDataset, decide_dataset
 from attune.domain.evaluation import ObservedEvaluation, decide_evaluation
 from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune, build_model_id, decide_finetune
 from attune.domain.jobs import ObservedJob, ObservedPod, describe_availability
+from attune.domain.kueue import ObservedQueue
 from attune.domain.names import build_job_name, fingerprint, is_same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.worlds import NOW, Observed, decide, enact, finished, observe, pod, settle, wanted_name
-
-KINDS = ("Dataset", "FineTune", "Evaluation")
-TERMINAL = {"Dataset": "Ready", "FineTune": "Succeeded", "Evaluation": "Succeeded"}
-
-
-def condition(status: Status, kind: str) -> tuple[str, str, str]:
-    found = next(one for one in status.conditions if one.type == kind)
-    return found.status, found.reason, found.message
+from tests.unit.worlds import (
+    KINDS,
+    NOW,
+    TERMINAL,
+    Observed,
+    condition,
+    decide,
+    enact,
+    finished,
+    observe,
+    pod,
+    settle,
+    wanted_name,
+)
 
 
 def with_job(kind: str, **fields: Any) -> Observed:
@@ -128,6 +133,20 @@ def failure(code: int, reason: str = "TooSmallToSplit", **fields: Any) -> dict[s
             id="a pod that ended well and said nothing would say nothing the next time either",
         ),
         pytest.param({"complete": True}, "ResultLost", False, "runs again", id="a result that was lost is asked for"),
+        pytest.param(
+            {"refusal": 'pods "x" is forbidden: exceeded quota: speech'},
+            "PodNotCreated",
+            False,
+            "exceeded quota: speech",
+            id="a Job that gets no pod passes the API server's words on",
+        ),
+        pytest.param(
+            {"suspended": True, "suspended_by": "kueue"},
+            "SuspendedByOthers",
+            False,
+            "suspended by kueue",
+            id="a Job that somebody else has suspended is not ours to resume",
+        ),
     ],
 )
 def test_state_of_a_job_becomes_a_reason(
@@ -374,6 +393,9 @@ pods = st.builds(
     fields=st.fixed_dictionaries(
         {
             "suspended": st.booleans(),
+            "suspended_by": st.sampled_from([None, "kueue"]),
+            "queue": st.sampled_from([None, ObservedQueue("speech"), ObservedQueue("speech", served=False)]),
+            "refusal": st.sampled_from([None, "exceeded quota"]),
             "deleting": st.just(value=False),
             "complete": st.booleans(),
             "failed": st.booleans(),

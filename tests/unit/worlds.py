@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from attune.api import Dataset, Evaluation, FineTune
+from attune.api.meta import Status
 from attune.contract.job import ModelInput
 from attune.contract.result import Summary
 from attune.domain.actions import DeleteJob, EnsureJob, Plan
@@ -12,6 +13,7 @@ from attune.domain.dataset import ObservedDataset, decide_dataset
 from attune.domain.evaluation import ObservedEvaluation, ObservedFineTuneRef, decide_evaluation
 from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune, decide_finetune
 from attune.domain.jobs import ObservedJob, ObservedPod, Surroundings
+from attune.domain.kueue import ObservedQueue
 
 from tests.reconcile.samples import DATASET, EVALUATED, EVALUATION, FINE_TUNE, PREPARED, TRAINED
 
@@ -19,6 +21,8 @@ NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 SURROUNDINGS = Surroundings(store_secret="attune-store", retry_seconds=300, progress_seconds=10)  # noqa: S106 (a name)
 REVISION = ObservedDatasetRef("calls", "Ready", PREPARED.revision, PREPARED.uri)
 MODEL = ObservedFineTuneRef("lora", "Ready", ModelInput(uri=TRAINED.model_uri, digest=TRAINED.model_digest))
+KINDS = ("Dataset", "FineTune", "Evaluation")
+TERMINAL = {"Dataset": "Ready", "FineTune": "Succeeded", "Evaluation": "Succeeded"}
 RESULTS = {"Dataset": PREPARED, "FineTune": TRAINED, "Evaluation": EVALUATED}
 
 Observed = ObservedDataset | ObservedFineTune | ObservedEvaluation
@@ -67,14 +71,23 @@ def enact(observed: Observed, plan: Plan) -> Observed:
     for action in plan.actions:
         match action:
             case EnsureJob():
-                present = jobs.get(action.name, ObservedJob(action.name))
-                jobs[action.name] = replace(present, suspended=action.suspended, config_present=True)
+                queue = ObservedQueue(action.queue) if action.queue is not None else None
+                new = ObservedJob(action.name, suspended=action.suspended or queue is not None, queue=queue)
+                present = jobs.get(action.name, new)
+                theirs = present.queue is not None or present.suspended_by is not None
+                suspended = present.suspended if theirs else action.suspended
+                jobs[action.name] = replace(present, suspended=suspended, config_present=True)
             case DeleteJob():
                 jobs.pop(action.name, None)
             case _:
                 pass
     resource = observed.resource.model_copy(update={"status": plan.status})
     return replace(observed, resource=resource, jobs=tuple(jobs.values()))  # type: ignore[arg-type]
+
+
+def condition(status: Status, kind: str) -> tuple[str, str, str]:
+    found = next(one for one in status.conditions if one.type == kind)
+    return found.status, found.reason, found.message
 
 
 def settle(observed: Observed, rounds: int = 6) -> Observed:

@@ -76,6 +76,21 @@ def is_owned_by(obj: Mapping[str, Any], uid: str) -> bool:
     return any(one.get("uid") == uid and one.get("controller") for one in references)
 
 
+def find_setter(obj: Mapping[str, Any], *path: str) -> str | None:
+    """Names the field manager that has set a field as it is now, this operator before others that agree with it.
+
+    None where nobody says so. find_setter(job, "spec", "suspend") -> "kubectl-patch".
+    """
+    managers = []
+    for entry in obj.get("metadata", {}).get("managedFields") or []:
+        fields = entry.get("fieldsV1") or {}
+        for part in path:
+            fields = fields.get(f"f:{part}") if isinstance(fields, Mapping) else None
+        if fields is not None:
+            managers.append(str(entry.get("manager")))
+    return FIELD_MANAGER if FIELD_MANAGER in managers else next(iter(managers), None)
+
+
 class Cluster:
     """A cluster, as far as the operator needs it. Safe to use from several threads.
 
@@ -124,14 +139,22 @@ class Cluster:
         return None if status == HTTPStatus.NOT_FOUND else answer
 
     def list(
-        self, kind: ResourceType, namespace: str | None = None, labels: Mapping[str, str] | None = None
+        self,
+        kind: ResourceType,
+        namespace: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> list[Object]:
-        """Reads the objects of a namespace (None: of all namespaces) that carry all of these labels.
+        """Reads the objects of a namespace (None: of all namespaces) with all of these labels and fields.
 
         Raises:
             NotServed: when the API server does not know the kind.
         """
-        query = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
+        query = {
+            selector: ",".join(f"{key}={value}" for key, value in wanted.items())
+            for selector, wanted in (("labelSelector", labels), ("fieldSelector", fields))
+            if wanted
+        }
         found: list[Object] = []
         while True:
             status, answer = self._request("GET", kind.path(namespace), query={**query, "limit": "500"})
@@ -151,6 +174,14 @@ class Cluster:
         if status == HTTPStatus.NOT_FOUND:
             return False
         return any(one.get("name") == kind.plural for one in answer.get("resources", []))
+
+    def find_version(self, group: str) -> str | None:
+        """Gives the version of an API group that the API server prefers; None when it serves nothing of it."""
+        status, answer = self._request("GET", f"/apis/{quote(group, safe='')}")
+        if status == HTTPStatus.NOT_FOUND:
+            return None
+        version: str | None = (answer.get("preferredVersion") or {}).get("version")
+        return version
 
     def create(self, obj: Mapping[str, Any]) -> Object:
         """Creates an object and gives it as stored.
@@ -195,10 +226,19 @@ class Cluster:
         path = kind.path(metadata["namespace"], metadata["name"])
         return self._write("PUT", path, kind, obj, query={"fieldManager": FIELD_MANAGER})
 
-    def delete(self, kind: ResourceType, namespace: str, name: str, uid: str | None = None) -> bool:
-        """Deletes an object, its dependents after it; False when it was not there. With uid: only that one."""
+    def delete(
+        self,
+        kind: ResourceType,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        *,
+        dependents_first: bool = False,
+    ) -> bool:
+        """Deletes an object, its dependents after it or first; False when it was not there. With uid: only that one."""
         self._fence()
-        body: Object = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        policy = "Foreground" if dependents_first else "Background"
+        body: Object = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy}
         if uid is not None:
             body["preconditions"] = {"uid": uid}
         status, _ = self._request("DELETE", kind.path(namespace, name), body=body)

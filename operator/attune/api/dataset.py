@@ -4,7 +4,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from attune.api.meta import NAME_IS_A_LABEL, PodResources, Resource, SecretRef, SpecModel, Status, StatusModel, cel
+from attune.api.meta import (
+    NAME_IS_A_LABEL,
+    PRIORITY_NEEDS_A_QUEUE,
+    PodResources,
+    QueueableSpec,
+    Resource,
+    SecretRef,
+    SpecModel,
+    Status,
+    StatusModel,
+    cel,
+)
 from attune.contract.base import DecimalString, Uri, between
 from attune.contract.job import PrepareRecipe, SourceFormat, SplitBy
 
@@ -107,7 +118,7 @@ class SplitsSpec(SpecModel):
     seed: int = Field(default=7, ge=0, le=2147483647, description="Seed of the division.")
 
 
-class DatasetSpec(SpecModel):
+class DatasetSpec(QueueableSpec):
     """What is wanted: where the audio is, and how it is prepared and split."""
 
     sources: Annotated[list[Source], Field(min_length=1, max_length=16)] = Field(description="Where the audio is.")
@@ -206,6 +217,7 @@ class Dataset(Resource):
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
         NAME_IS_A_LABEL,
+        PRIORITY_NEEDS_A_QUEUE,
     )
 
     spec: DatasetSpec

@@ -6,8 +6,10 @@ from pydantic import ConfigDict, Field
 
 from attune.api.meta import (
     NAME_IS_A_LABEL,
+    PRIORITY_NEEDS_A_QUEUE,
     LocalRef,
     PodResources,
+    QueueableSpec,
     Resource,
     SpecModel,
     Status,
@@ -64,7 +66,7 @@ class GateSpec(SpecModel):
     )
 
 
-class EvaluationSpec(SpecModel):
+class EvaluationSpec(QueueableSpec):
     """What is wanted: a split to judge on, candidates, and what they must keep."""
 
     model_config = ConfigDict(
@@ -160,6 +162,7 @@ class Evaluation(Resource):
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
         NAME_IS_A_LABEL,
+        PRIORITY_NEEDS_A_QUEUE,
     )
 
     spec: EvaluationSpec

@@ -7,8 +7,10 @@ from pydantic import ConfigDict, Field
 from attune.api.meta import (
     IMMUTABLE,
     NAME_IS_A_LABEL,
+    PRIORITY_NEEDS_A_QUEUE,
     LocalRef,
     PodResources,
+    QueueableSpec,
     Resource,
     SpecModel,
     Status,
@@ -33,7 +35,7 @@ class BaseModelSource(SpecModel):
     uri: Uri = Field(description="Files of a model: s3://bucket/prefix or hf://organisation/name.")
 
 
-class FineTuneSpec(SpecModel):
+class FineTuneSpec(QueueableSpec):
     """What is wanted: a base model, Datasets, and how to train. What decides the model cannot be changed."""
 
     model_config = ConfigDict(
@@ -79,7 +81,20 @@ class FineTuneSpec(SpecModel):
     checkpoint: Checkpointing = Field(default_factory=Checkpointing, description="When state is saved.")
     resources: PodResources | None = Field(default=None, description="Resources of the training pod.")
     suspend: bool = Field(
-        default=False, description="Stops the run at a checkpoint until it is false again, then goes on from there."
+        default=False,
+        description=(
+            "Stops the run at a checkpoint, its GPU free within a minute, until it is false again; then goes on from "
+            "there, in a queue after waiting for its turn anew."
+        ),
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None,
+        ge=0,
+        le=2147483647,
+        description=(
+            "The Job of a run whose result is in the status is deleted, with its pod and log, this long after its end; "
+            "a failed one stays. Absent: it stays as well."
+        ),
     )
 
 
@@ -178,6 +193,7 @@ class FineTune(Resource):
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
         NAME_IS_A_LABEL,
+        PRIORITY_NEEDS_A_QUEUE,
     )
 
     spec: FineTuneSpec

@@ -114,6 +114,15 @@ Quantity = Annotated[
     ),
 ]
 ResourceName = Annotated[str, Field(min_length=1, max_length=63)]
+# A DNS subdomain, and short enough to be the value of a label as well.
+LabelName = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$", min_length=1, max_length=63),
+]
+PRIORITY_NEEDS_A_QUEUE = (
+    "!has(self.spec.workloadPriorityClassName) || has(self.spec.queueName)",
+    "spec.workloadPriorityClassName is Kueue's and needs spec.queueName; without a queue use spec.priorityClassName",
+)
 
 
 class PodResources(SpecModel):
@@ -124,6 +133,28 @@ class PodResources(SpecModel):
     )
     limits: Annotated[dict[ResourceName, Quantity], Field(max_length=16)] | None = Field(
         default=None, description="What the container may use at most; nvidia.com/gpu goes here."
+    )
+
+
+class QueueableSpec(SpecModel):
+    """What a spec says of the order in which its Job gets its turn."""
+
+    queue_name: LabelName | None = Field(
+        default=None,
+        description=(
+            "A LocalQueue of Kueue in this namespace: the Job is created suspended and labelled with it, and Kueue "
+            "alone decides when it runs."
+        ),
+    )
+    workload_priority_class_name: LabelName | None = Field(
+        default=None, description="A WorkloadPriorityClass of Kueue: the Job's place in the queue."
+    )
+    priority_class_name: LabelName | None = Field(
+        default=None,
+        description=(
+            "PriorityClass of the Job's pods; in a queue it is the Job's place too, where workloadPriorityClassName "
+            "is absent."
+        ),
     )
 
 

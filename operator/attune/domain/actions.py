@@ -13,7 +13,8 @@ from attune.contract.metrics import Track
 class EnsureJob:
     """A Job (and the ConfigMap with its job.json) must exist under this name, running or suspended.
 
-    source_secrets: name of the Secret with a source's own credentials, by the source's index.
+    source_secrets: name of the Secret with a source's own credentials, by the source's index. With a queue (of Kueue)
+    the Job is created suspended and never changed again: Kueue decides when it runs.
     """
 
     name: str
@@ -23,13 +24,20 @@ class EnsureJob:
     source_secrets: tuple[tuple[int, str], ...] = ()
     # GPU processes or not, a Job that trains gets this long to save a checkpoint when it is told to stop.
     termination_grace_seconds: int = 60
+    queue: str | None = None
+    workload_priority_class: str | None = None
+    priority_class: str | None = None
 
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """A Job (with its ConfigMap and pods) must be gone."""
+    """A Job (with its ConfigMap and pods) must be gone.
+
+    pods_first: the Job goes only after its pods have ended, so that another of its name cannot begin beside them.
+    """
 
     name: str
+    pods_first: bool = False
 
 
 @dataclass(frozen=True)

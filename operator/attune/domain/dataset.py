@@ -84,6 +84,7 @@ def build_prepare_job(dataset: Dataset) -> EnsureJob:
         owner,
         recipe.model_copy(update={"output_prefix": build_key("datasets", owner, run)}),
         run,
+        turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
         source_secrets=secrets,

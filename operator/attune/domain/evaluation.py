@@ -141,6 +141,7 @@ def build_evaluate_job(observed: ObservedEvaluation) -> EnsureJob:
         owner,
         recipe.model_copy(update={"output_prefix": build_key("evaluations", owner, run)}),
         run,
+        turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
     )

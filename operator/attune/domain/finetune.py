@@ -32,6 +32,7 @@ from attune.domain.jobs import (
     build_key,
     build_plan,
     decide_course,
+    decide_expired,
     decide_outdated,
     describe_availability,
 )
@@ -86,8 +87,11 @@ def decide_finetune(observed: ObservedFineTune) -> Plan:
         return _decide_inputs(observed)
     wanted = build_finetune_job(tune, fixed)
     if status.model is not None and is_same_run(status.job_name, wanted.name):
-        actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
-        return build_plan(tune, status, _describe_trained(status), observed.now, actions)
+        outdated = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
+        kept = [one for one in observed.jobs if one.name not in {other.name for other in outdated}]
+        expired, look_again = decide_expired(kept, tune.spec.ttl_seconds_after_finished, observed.now)
+        actions = (*outdated, *expired)
+        return build_plan(tune, status, _describe_trained(status), observed.now, actions, look_again)
     course = decide_course(wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings)
     if isinstance(course.result, FinetuneResult):
         status = _take_result(status, course.result, wanted.name)
@@ -172,6 +176,7 @@ def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> 
             }
         ),
         run,
+        turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
         termination_grace_seconds=_GRACE_SECONDS,

@@ -8,23 +8,26 @@ from typing import Final, Literal, assert_never
 
 from pydantic import ValidationError
 
-from attune.api.meta import Condition, PodResources, Resource, Status
+from attune.api.meta import Condition, PodResources, QueueableSpec, Resource, Status
 from attune.contract.exitcode import KILLED, REASON_SWALLOWED, ExitCode
 from attune.contract.job import JobSpec, Owner, Recipe
 from attune.contract.result import Failure, Result, Summary
 from attune.domain.actions import DeleteJob, EnsureJob, JobAction, Plan
 from attune.domain.conditions import State, decide_conditions
 from attune.domain.events import decide_events
+from attune.domain.kueue import ADMITTED, QUEUED, ObservedQueue, describe_wait
 from attune.domain.names import build_job_name, fingerprint, is_same_run
 from attune.domain.times import format_time
 
 SUSPENDED: Final = "Suspended"
+SUSPENDED_BY_OTHERS: Final = "SuspendedByOthers"
 STARTING: Final = "Starting"
 RETRYING: Final = "Retrying"
 SECRET_NOT_FOUND: Final = "SecretNotFound"  # noqa: S105 (a reason, no secret)
 SECRET_KEY_MISSING: Final = "SecretKeyMissing"  # noqa: S105
 IMAGE_PULL_FAILED: Final = "ImagePullFailed"
 UNSCHEDULABLE: Final = "Unschedulable"
+POD_NOT_CREATED: Final = "PodNotCreated"
 OUT_OF_MEMORY: Final = ExitCode.OUT_OF_MEMORY.reason
 RESULT_UNREADABLE: Final = "ResultUnreadable"
 RESULT_LOST: Final = "ResultLost"
@@ -36,6 +39,9 @@ PULL_REASONS: Final = frozenset(
 )
 MISSING_SECRET: Final = re.compile(r'secrets? "([^"]+)" not found')
 MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
+# Kueue's reasons to let a Job wait change without an event of the Job's.
+_QUEUE_SECONDS: Final = 30.0
+_POD_SECONDS: Final = 5.0
 # What the store or hub may answer otherwise later, without any change of the resource.
 _RETRIED: Final = frozenset({ExitCode.ACCESS_DENIED, ExitCode.NOT_FOUND, ExitCode.STORE_UNAVAILABLE})
 
@@ -60,10 +66,17 @@ class ObservedPod:
 
 @dataclass(frozen=True)
 class ObservedJob:
-    """A Job of the resource at hand, with its pods."""
+    """A Job of the resource at hand, with its pods.
+
+    suspended_by: who suspended it, where that was not this operator. queue: where it is in one of Kueue's. refusal: why
+    the API server lets it have no pod.
+    """
 
     name: str
     suspended: bool = False
+    suspended_by: str | None = None
+    queue: ObservedQueue | None = None
+    refusal: str | None = None
     deleting: bool = False
     complete: bool = False
     failed: bool = False
@@ -72,6 +85,11 @@ class ObservedJob:
     finished: datetime | None = None
     config_present: bool = True  # the ConfigMap with its job.json
     pods: tuple[ObservedPod, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is complete or has failed."""
+        return self.complete or self.failed
 
     @property
     def newest_pod(self) -> ObservedPod | None:
@@ -154,6 +172,7 @@ def build_ensure_job(
     recipe: Recipe,
     run: str,
     *,
+    turn: QueueableSpec,
     suspended: bool,
     resources: PodResources | None,
     source_secrets: tuple[tuple[int, str], ...] = (),
@@ -164,7 +183,18 @@ def build_ensure_job(
 
     placement: further things that a new Job needs to take effect, and that make no new run.
     """
-    place = fingerprint(resources, *(f"{index}={secret}" for index, secret in source_secrets), *placement, digits=5)
+    turns = {
+        "queue": turn.queue_name,
+        "workload-priority": turn.workload_priority_class_name,
+        "priority": turn.priority_class_name,
+    }
+    place = fingerprint(
+        resources,
+        *(f"{index}={secret}" for index, secret in source_secrets),
+        *placement,
+        *(f"{what}={name}" for what, name in turns.items() if name is not None),
+        digits=5,
+    )
     return EnsureJob(
         name=build_job_name(owner.name, recipe.recipe, run, place),
         spec=JobSpec(owner=owner, result_key=build_key("results", owner, run) + ".json", recipe=recipe),
@@ -172,6 +202,9 @@ def build_ensure_job(
         resources=resources,
         source_secrets=source_secrets,
         termination_grace_seconds=termination_grace_seconds,
+        queue=turn.queue_name,
+        workload_priority_class=turn.workload_priority_class_name,
+        priority_class=turn.priority_class_name,
     )
 
 
@@ -216,6 +249,10 @@ def decide_course(
     """Decides what to do about the wanted Job; Jobs of earlier specs are deleted first."""
     outdated = decide_outdated(wanted.name, jobs)
     job = next((one for one in jobs if one.name == wanted.name), None)
+    if job is None and any(not one.ended and is_same_run(one.name, wanted.name) for one in jobs):
+        # Its pod may still save the checkpoint that the wanted one is to go on from.
+        standing = _hold(words) if wanted.suspended else _begin(wanted, words)
+        return Course(outdated, standing, look_again_seconds=2)
     course = _decide_wanted(wanted, job, words, now, surroundings)
     return replace(course, actions=(*outdated, *course.actions))
 
@@ -223,29 +260,109 @@ def decide_course(
 def decide_outdated(wanted: str, jobs: Iterable[ObservedJob], *, keep_same_run: bool = False) -> tuple[DeleteJob, ...]:
     """Chooses the Jobs that are no longer wanted. keep_same_run: those whose result is in the status stay."""
     return tuple(
-        DeleteJob(one.name)
+        DeleteJob(one.name, pods_first=not one.ended and is_same_run(one.name, wanted))
         for one in jobs
         if one.name != wanted and not one.deleting and not (keep_same_run and is_same_run(one.name, wanted))
     )
 
 
+def decide_expired(
+    jobs: Iterable[ObservedJob], seconds: int | None, now: datetime
+) -> tuple[tuple[DeleteJob, ...], float | None]:
+    """Chooses the complete Jobs that have been kept long enough, and says after how many seconds the next one will be.
+
+    For the owner of a result that is in the status: what nobody has read yet is not to go. A failed Job stays, or what
+    it failed of would be tried again.
+    """
+    if seconds is None:
+        return (), None
+    left = {
+        one.name: seconds - (now - one.finished).total_seconds()
+        for one in jobs
+        if one.complete and one.finished is not None and not one.deleting
+    }
+    later = [time for time in left.values() if time > 0]
+    return tuple(DeleteJob(name) for name, time in left.items() if time <= 0), min(later, default=None)
+
+
 def _decide_wanted(
     wanted: EnsureJob, job: ObservedJob | None, words: Wording, now: datetime, surroundings: Surroundings
 ) -> Course:
-    starting = _work_on(words, "Pending", STARTING, f"Job {wanted.name} {words.does}; its pod starts")
     held = _hold(words)
     if job is None:
-        return Course((), held) if wanted.suspended else Course((wanted,), starting)
+        return Course((), held) if wanted.suspended else Course((wanted,), _begin(wanted, words))
     if job.deleting:
-        return Course((), held if wanted.suspended else starting, look_again_seconds=2)
+        return Course((), held if wanted.suspended else _begin(wanted, words), look_again_seconds=2)
     if job.failed:
         return _decide_failed(wanted, job, words, now, surroundings)
     if job.complete:
         return _decide_complete(wanted, job, words)
+    if job.queue is not None:
+        return _decide_queued(wanted, job, job.queue, words, surroundings)
+    if job.suspended and job.suspended_by is not None and not wanted.suspended:
+        others = (
+            f"Job {job.name} was suspended by {job.suspended_by}, which is the one to let it go on; if it never will, "
+            f"kubectl delete job {job.name} starts it anew"
+        )
+        actions = () if job.config_present else (wanted,)
+        return Course(actions, _work_on(words, "Pending", SUSPENDED_BY_OTHERS, others, warning=True))
     actions = (wanted,) if job.suspended != wanted.suspended or not job.config_present else ()
     if wanted.suspended or job.suspended:
-        return Course(actions, held if wanted.suspended else starting)
-    return Course(actions, _describe_pods(wanted, job, words, surroundings) or starting)
+        return Course(actions, held if wanted.suspended else _begin(wanted, words))
+    return _follow(wanted, job, words, surroundings, actions)
+
+
+def _decide_queued(
+    wanted: EnsureJob, job: ObservedJob, queue: ObservedQueue, words: Wording, surroundings: Surroundings
+) -> Course:
+    """Follows a Job whose turn is Kueue's to give and to take; what is done to spec.suspend, Kueue would undo.
+
+    A resource that is suspended leaves the queue: its Job is deleted, and a later one goes on from the checkpoint.
+    """
+    if wanted.suspended:
+        return Course((DeleteJob(job.name, pods_first=True),), _hold(words))
+    actions = () if job.config_present else (wanted,)
+    if not job.suspended:
+        return _follow(wanted, job, words, surroundings, actions)
+    wait = describe_wait(job.name, queue)
+    standing = _work_on(words, QUEUED, wait.reason, wait.message, warning=wait.warning)
+    return Course(actions, standing, look_again_seconds=_QUEUE_SECONDS)
+
+
+def _follow(
+    wanted: EnsureJob,
+    job: ObservedJob,
+    words: Wording,
+    surroundings: Surroundings,
+    actions: tuple[JobAction, ...],
+) -> Course:
+    """Says where a Job stands that may run and has not ended."""
+    described = _describe_pods(wanted, job, words, surroundings)
+    if described is not None:
+        return Course(actions, described)
+    if job.refusal is not None:
+        refused = _work_on(words, "Pending", POD_NOT_CREATED, _describe_refusal(wanted, job.refusal), warning=True)
+        return Course(actions, refused, look_again_seconds=_POD_SECONDS)
+    # That the API server refuses the pod shows in no event of the Job's.
+    look_again = None if job.pods else _POD_SECONDS
+    if job.queue is None:
+        return Course(actions, _begin(wanted, words), look_again_seconds=look_again)
+    admitted = f"queue {job.queue.name} has admitted Job {job.name}; its pod starts"
+    return Course(actions, _work_on(words, "Pending", ADMITTED, admitted), look_again_seconds=look_again)
+
+
+def _begin(wanted: EnsureJob, words: Wording) -> Standing:
+    if wanted.queue is not None:
+        return _work_on(words, QUEUED, QUEUED, f"Job {wanted.name} waits in queue {wanted.queue}")
+    return _work_on(words, "Pending", STARTING, f"Job {wanted.name} {words.does}; its pod starts")
+
+
+def _describe_refusal(wanted: EnsureJob, refusal: str) -> str:
+    # Each attempt has another name.
+    plain = re.sub(rf"{re.escape(wanted.name)}-[a-z0-9]*", wanted.name, refusal)
+    field = wanted.priority_class is not None and f"PriorityClass with name {wanted.priority_class}" in plain
+    help_ = "; create it or correct spec.priorityClassName" if field else ""
+    return f"Job {wanted.name} gets no pod: {plain}{help_} (it is tried again by itself)"
 
 
 def _hold(words: Wording) -> Standing:

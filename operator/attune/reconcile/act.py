@@ -53,7 +53,7 @@ def _act_once(cluster: Cluster, settings: Settings, resource: Resource, action: 
         case EnsureJob():
             return ensure_job(cluster, settings, action)
         case DeleteJob():
-            return delete_job(cluster, owner, action.name)
+            return delete_job(cluster, owner, action.name, pods_first=action.pods_first)
         case EmitEvent():
             return _try_event(cluster, settings, owner, action, now)
         case EnsureArm():
@@ -74,14 +74,17 @@ def _canary(resource: Resource) -> Canary:
     return resource
 
 
-def delete_job(cluster: Cluster, owner: Owner, name: str) -> bool:
-    """Deletes a Job of this owner, its pods and its ConfigMap; tells whether anything was there."""
+def delete_job(cluster: Cluster, owner: Owner, name: str, *, pods_first: bool = False) -> bool:
+    """Deletes a Job of this owner, its pods and its ConfigMap; tells whether anything was there.
+
+    pods_first: the Job, on its way out, is there until its pods have ended.
+    """
     wrote = False
     for kind in (JOB, CONFIG_MAP):
         present = cluster.get(kind, owner.namespace, name)
         if present is None or not is_owned_by(present, owner.uid) or present["metadata"].get("deletionTimestamp"):
             continue
-        if cluster.delete(kind, owner.namespace, name, uid=present["metadata"]["uid"]):
+        if cluster.delete(kind, owner.namespace, name, uid=present["metadata"]["uid"], dependents_first=pods_first):
             wrote = True
             if kind is JOB:
                 _log.info("deleted", extra={"object": f"Job/{name}", "namespace": owner.namespace})

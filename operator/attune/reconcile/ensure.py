@@ -2,11 +2,12 @@
 
 import logging
 
-from attune.adapters.cluster import JOB, Cluster, Object, is_owned_by, type_of
+from attune.adapters.cluster import FIELD_MANAGER, JOB, Cluster, Object, find_setter, is_owned_by, type_of
 from attune.contract.job import Owner
 from attune.domain.actions import EnsureJob
 from attune.errors import AlreadyExists, Conflict, NotOurs
 from attune.render.job import build_config_map, build_job
+from attune.render.names import LABEL_QUEUE
 from attune.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -14,6 +15,8 @@ _log = logging.getLogger(__name__)
 
 def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
     """Makes a Job and its ConfigMap exist, running or suspended; tells whether anything was written.
+
+    A Job in a queue is created and never changed, and none is resumed that somebody else has suspended.
 
     Raises:
         NotOurs: when an object of that name has another owner.
@@ -25,12 +28,26 @@ def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
     if present is None:
         _log.info("created", extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
         return True
-    if bool(present["spec"].get("suspend")) != action.suspended:
+    if bool(present["spec"].get("suspend")) != action.suspended and not is_held_by_others(present):
         cluster.patch(JOB, owner.namespace, action.name, {"spec": {"suspend": action.suspended}})
         verb = "suspended" if action.suspended else "resumed"
         _log.info(verb, extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
         return True
     return wrote
+
+
+def is_held_by_others(job: Object) -> bool:
+    """Tells whether spec.suspend of a Job is not this operator's to change.
+
+    A queue may have been named by somebody else: Kueue can be told to put every Job of a namespace into one.
+    """
+    return LABEL_QUEUE in (job["metadata"].get("labels") or {}) or find_suspender(job) is not None
+
+
+def find_suspender(job: Object) -> str | None:
+    """Names who has suspended a Job, where that was not this operator."""
+    setter = find_setter(job, "spec", "suspend") if job["spec"].get("suspend") else None
+    return None if setter == FIELD_MANAGER else setter
 
 
 def ensure_created(cluster: Cluster, owner: Owner, obj: Object) -> Object | None:

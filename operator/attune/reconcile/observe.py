@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from attune.adapters.cluster import CONFIG_MAP, CUSTOM, JOB, POD, Cluster, Object, is_owned_by
+from attune.adapters.cluster import CONFIG_MAP, CUSTOM, EVENT, JOB, POD, Cluster, Object, is_owned_by
 from attune.adapters.progress import read_progress
 from attune.api import Dataset, Evaluation, FineTune
 from attune.api.meta import Condition, Resource, Status
@@ -15,7 +15,11 @@ from attune.domain.dataset import ObservedDataset
 from attune.domain.evaluation import ObservedEvaluation, ObservedFineTuneRef
 from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune
 from attune.domain.jobs import Availability, ObservedJob, ObservedPod, Surroundings
+from attune.domain.kueue import ObservedQueue
 from attune.domain.times import parse_time
+from attune.errors import Refused
+from attune.reconcile.ensure import find_suspender
+from attune.reconcile.observe_queue import observe_queue
 from attune.render.job import CONTAINER
 from attune.render.names import LABEL_OWNER_UID
 from attune.settings import Settings
@@ -147,7 +151,13 @@ def observe_jobs(cluster: Cluster, resource: Resource) -> tuple[ObservedJob, ...
         return ()
     pods = cluster.list(POD, namespace, labels)
     return tuple(
-        observe_job(body, pods, config_present=_has_config(cluster, body, uid))
+        observe_job(
+            body,
+            pods,
+            config_present=_has_config(cluster, body, uid),
+            queue=observe_queue(cluster, body),
+            refusal=_find_refusal(cluster, body, pods),
+        )
         for body in sorted(bodies, key=lambda one: str(one["metadata"]["name"]))
     )
 
@@ -160,7 +170,32 @@ def _has_config(cluster: Cluster, job: Object, uid: str) -> bool:
     return config is not None and is_owned_by(config, uid)
 
 
-def observe_job(body: Object, pods: list[Object], *, config_present: bool = True) -> ObservedJob:
+def _find_refusal(cluster: Cluster, job: Object, pods: list[Object]) -> str | None:
+    """Finds what the API server says to the Job controller where that may not create a pod: only its Event has it."""
+    metadata, started = job["metadata"], (job.get("status") or {}).get("startTime")
+    ended = _find_condition(job, "Complete") or _find_condition(job, "Failed")
+    if started is None or ended or job["spec"].get("suspend"):
+        return None
+    if any(is_owned_by(pod, metadata["uid"]) for pod in pods):
+        return None
+    fields = {"involvedObject.uid": metadata["uid"], "reason": "FailedCreate"}
+    try:
+        events = cluster.list(EVENT, metadata["namespace"], fields=fields)
+    except Refused:
+        return None
+    told = [one for one in events if parse_time(one.get("lastTimestamp") or started) >= parse_time(started)]
+    newest = max(told, key=lambda one: str(one.get("lastTimestamp")), default=None)
+    return str(newest["message"]).removeprefix("Error creating: ") if newest is not None else None
+
+
+def observe_job(
+    body: Object,
+    pods: list[Object],
+    *,
+    config_present: bool = True,
+    queue: ObservedQueue | None = None,
+    refusal: str | None = None,
+) -> ObservedJob:
     """Makes an observation of a Job and of those of the pods that it controls."""
     metadata = body["metadata"]
     complete, failed = _find_condition(body, "Complete"), _find_condition(body, "Failed")
@@ -168,6 +203,9 @@ def observe_job(body: Object, pods: list[Object], *, config_present: bool = True
     return ObservedJob(
         name=metadata["name"],
         suspended=bool(body["spec"].get("suspend")),
+        suspended_by=find_suspender(body),
+        queue=queue,
+        refusal=refusal,
         deleting=metadata.get("deletionTimestamp") is not None,
         complete=complete is not None,
         failed=failed is not None,

@@ -21,7 +21,7 @@ from attune.contract.environment import (
 )
 from attune.contract.exitcode import KILLED, Disposition, ExitCode
 from attune.contract.job import JobSpec
-from attune.render.names import build_labels, build_owner_reference
+from attune.render.names import LABEL_QUEUE, LABEL_WORKLOAD_PRIORITY, build_labels, build_owner_reference
 from attune.settings import Settings
 
 CONTAINER: Final = "recipe"
@@ -61,6 +61,18 @@ class JobRequest(Protocol):
     def termination_grace_seconds(self) -> int:
         """Time to save a checkpoint in."""
 
+    @property
+    def queue(self) -> str | None:
+        """Kueue's LocalQueue, where the Job is to wait for its turn in one."""
+
+    @property
+    def workload_priority_class(self) -> str | None:
+        """Kueue's WorkloadPriorityClass."""
+
+    @property
+    def priority_class(self) -> str | None:
+        """PriorityClass of the pod."""
+
 
 def build_config_map(request: JobRequest) -> dict[str, Any]:
     """Builds the immutable ConfigMap that holds job.json, owned by the custom resource."""
@@ -89,14 +101,16 @@ def build_job(request: JobRequest, settings: Settings) -> dict[str, Any]:
         "metadata": {
             "name": request.name,
             "namespace": owner.namespace,
-            "labels": labels,
+            # Kueue's are the Job's alone: on a pod it would take that for a piece of work of its own.
+            "labels": {**labels, **_build_queue_labels(request)},
             "ownerReferences": [build_owner_reference(owner)],
         },
         "spec": {
             "backoffLimit": BACKOFF_LIMIT,
             "completions": 1,
             "parallelism": 1,
-            "suspend": request.suspended,
+            # What is in a queue begins when Kueue says so.
+            "suspend": request.suspended or request.queue is not None,
             # A second pod while the first still saves its checkpoint would train the same steps twice.
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": build_pod_failure_policy(),
@@ -113,6 +127,11 @@ def build_job(request: JobRequest, settings: Settings) -> dict[str, Any]:
             },
         },
     }
+
+
+def _build_queue_labels(request: JobRequest) -> dict[str, str]:
+    labels = {LABEL_QUEUE: request.queue, LABEL_WORKLOAD_PRIORITY: request.workload_priority_class}
+    return {label: name for label, name in labels.items() if name is not None}
 
 
 def build_pod_failure_policy() -> dict[str, Any]:
@@ -169,6 +188,8 @@ def _build_pod(request: JobRequest, settings: Settings) -> dict[str, Any]:
             {"name": "scratch", "emptyDir": {}},
         ],
     }
+    if request.priority_class is not None:
+        pod["priorityClassName"] = request.priority_class
     if settings.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
     return pod

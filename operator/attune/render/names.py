@@ -11,6 +11,11 @@ LABEL_KIND: Final = "attune.dev/kind"
 LABEL_NAME: Final = "attune.dev/name"
 LABEL_OWNER_UID: Final = "attune.dev/owner-uid"
 
+# Kueue's: the LocalQueue and the WorkloadPriorityClass of a Job, and on a Workload the Job that it speaks for.
+LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
+LABEL_WORKLOAD_PRIORITY: Final = "kueue.x-k8s.io/priority-class"
+LABEL_JOB_UID: Final = "kueue.x-k8s.io/job-uid"
+
 COMPONENT_SERVE: Final = "serve"
 
 
