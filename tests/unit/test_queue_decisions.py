@@ -209,6 +209,23 @@ def test_another_queue_or_priority_is_a_new_job_of_the_same_run(kind: str) -> No
     assert all(is_same_run(names[0], other) for other in names)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_that_is_placed_anew_waits_for_the_pod_of_the_old_one(kind: str) -> None:
+    old = queued(kind, suspended=False, pods=(pod(phase="Running"),))
+    moved = with_spec(old, queue_name="batch")
+    assert changes(decide(moved)) == [DeleteJob(old.jobs[0].name, pods_first=True)]
+    leaving = replace(moved, jobs=(replace(old.jobs[0], deleting=True),))  # type: ignore[arg-type]
+    assert changes(decide(leaving)) == []
+    assert decide(leaving).look_again_seconds is not None
+    (new,) = changes(decide(replace(moved, jobs=())))  # type: ignore[arg-type]
+    assert isinstance(new, EnsureJob)
+    assert new.queue == "batch"
+    # One that has failed holds nothing up.
+    failed = replace(old.jobs[0], failed=True, pods=(pod(phase="Failed", exit_code=13),))
+    kinds = [type(one) for one in changes(decide(replace(moved, jobs=(failed,))))]  # type: ignore[arg-type]
+    assert kinds == [DeleteJob, EnsureJob]
+
+
 @settings(deadline=None)  # machines differ
 @given(
     kind=st.sampled_from(KINDS),

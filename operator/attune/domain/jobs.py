@@ -87,6 +87,11 @@ class ObservedJob:
     pods: tuple[ObservedPod, ...] = ()
 
     @property
+    def ended(self) -> bool:
+        """Whether it is complete or has failed."""
+        return self.complete or self.failed
+
+    @property
     def newest_pod(self) -> ObservedPod | None:
         """The pod that was created last."""
         return max(self.pods, key=lambda pod: (pod.created, pod.name), default=None)
@@ -244,6 +249,10 @@ def decide_course(
     """Decides what to do about the wanted Job; Jobs of earlier specs are deleted first."""
     outdated = decide_outdated(wanted.name, jobs)
     job = next((one for one in jobs if one.name == wanted.name), None)
+    if job is None and any(not one.ended and is_same_run(one.name, wanted.name) for one in jobs):
+        # Its pod may still save the checkpoint that the wanted one is to go on from.
+        standing = _hold(words) if wanted.suspended else _begin(wanted, words)
+        return Course(outdated, standing, look_again_seconds=2)
     course = _decide_wanted(wanted, job, words, now, surroundings)
     return replace(course, actions=(*outdated, *course.actions))
 
@@ -251,7 +260,7 @@ def decide_course(
 def decide_outdated(wanted: str, jobs: Iterable[ObservedJob], *, keep_same_run: bool = False) -> tuple[DeleteJob, ...]:
     """Chooses the Jobs that are no longer wanted. keep_same_run: those whose result is in the status stay."""
     return tuple(
-        DeleteJob(one.name)
+        DeleteJob(one.name, pods_first=not one.ended and is_same_run(one.name, wanted))
         for one in jobs
         if one.name != wanted and not one.deleting and not (keep_same_run and is_same_run(one.name, wanted))
     )
