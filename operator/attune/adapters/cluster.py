@@ -76,6 +76,17 @@ def is_owned_by(obj: Mapping[str, Any], uid: str) -> bool:
     return any(one.get("uid") == uid and one.get("controller") for one in references)
 
 
+def read_condition(obj: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Gives the condition of a type from an object's status; an empty one where it has not been written."""
+    conditions = (obj.get("status") or {}).get("conditions") or []
+    return next((one for one in conditions if one.get("type") == kind), {})
+
+
+def is_true(obj: Mapping[str, Any], kind: str) -> bool:
+    """Tells whether an object's condition of a type is True."""
+    return read_condition(obj, kind).get("status") == "True"
+
+
 class Cluster:
     """A cluster, as far as the operator needs it. Safe to use from several threads.
 
