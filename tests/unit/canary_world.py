@@ -104,6 +104,7 @@ class World:
         self.scorers: dict[str, datetime] = {}
         self.failed_scorers: dict[str, datetime] = {}
         self.prometheus_up = True
+        self.prometheus_hosts: tuple[str, ...] = ()
         self.scorer_works = True
         self.gateway = ObservedGateway("Programmed")
         self.dataset: Dataset | None = build_dataset()
@@ -139,6 +140,7 @@ class World:
             route=ObservedRoute(self.route.stable_weight, self.route.canary_weight, record) if self.route else None,
             scorers=tuple(self._observe_scorer(name) for name in self.scorers),
             evidence=self.evidence(),
+            prometheus_hosts=self.prometheus_hosts,
         )
 
     def _observe_scorer(self, name: str) -> ObservedJob:

@@ -21,6 +21,7 @@ from attune.domain.canary.identity import (
     name_pair,
     name_rollout,
 )
+from attune.domain.canary.preflight import refuse_prometheus
 from attune.domain.canary.record import compute_weight
 from attune.domain.canary.scorer import SCORER_ATTEMPTS
 
@@ -726,7 +727,7 @@ def test_pods_that_serve_the_promoted_model_count_on_the_way_back() -> None:
     assert Track.CANARY not in world.arms
     assert world.weights[-1] == 0
     world.no_room = False
-    world.settle()
+    _pass_time(world)
     assert world.ready == ("True", "Healthy")
 
 
@@ -939,6 +940,40 @@ def test_a_golden_set_that_is_missing_or_too_small_stops_the_rollout_before_it_b
     assert "use about 40 utterances" in world.canary.status.conditions[0].message
     assert Track.CANARY not in world.arms
     world.dataset = build_dataset()
+    world.settle()
+    assert world.arms[Track.STABLE].model.model_id == "tuned"
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "allowed"),
+    [
+        ("http://anything:1", (), True),
+        ("http://prometheus.monitoring:9090", ("prometheus.monitoring",), True),
+        ("https://Prometheus.monitoring/path", ("prometheus.monitoring",), True),
+        ("http://prometheus.monitoring:9090", ("other", "prometheus.monitoring:9090"), True),
+        ("http://prometheus.monitoring:6443", ("prometheus.monitoring:9090",), False),
+        ("http://prometheus.monitoring.evil:9090", ("prometheus.monitoring",), False),
+        ("http://monitoring:9090", ("prometheus.monitoring",), False),
+        ("http://169.254.169.254/latest", ("prometheus.monitoring",), False),
+        ("http://other:99999", ("prometheus.monitoring",), False),
+    ],
+)
+def test_only_a_prometheus_that_the_installation_allows_is_asked(
+    url: str, hosts: tuple[str, ...], *, allowed: bool
+) -> None:
+    assert (refuse_prometheus(url, hosts) is None) == allowed
+
+
+def test_a_prometheus_that_is_not_allowed_stops_the_rollout_before_it_begins(world: World) -> None:
+    world.prometheus_hosts = ("prometheus.monitoring",)
+    world.set_model("tuned")
+    world.reconcile()
+    assert world.ready == ("False", "PrometheusNotAllowed")
+    message = world.canary.status.conditions[0].message
+    assert "names prometheus:9090" in message
+    assert "name prometheus.monitoring, or have it added to the chart's settings.prometheusHosts" in message
+    assert Track.CANARY not in world.arms
+    world.prometheus_hosts = ("prometheus",)
     world.settle()
     assert world.arms[Track.STABLE].model.model_id == "tuned"
 

@@ -24,11 +24,13 @@ from attune.contract.result import Failure
 from attune.domain.actions import FormerArm, RolloutRecord
 from attune.domain.arms import ObservedArm, ObservedGateway, ObservedRoute, ServingPod
 from attune.domain.canary import ObservedCanary
+from attune.domain.canary.preflight import refuse_prometheus
 from attune.domain.jobs import parse_summary
 from attune.domain.times import parse_time
 from attune.domain.verdict import (
     REASON_INCONSISTENT,
     REASON_NO_DATA,
+    REASON_PROMETHEUS_NOT_ALLOWED,
     REASON_PROMETHEUS_UNAVAILABLE,
     NoEvidence,
     PairedSums,
@@ -80,7 +82,8 @@ def observe_canary(cluster: Cluster, settings: Settings, canary: Canary, now: da
         trial=observe_arm(cluster, canary, Track.CANARY),
         route=route,
         scorers=observe_jobs(cluster, canary),
-        evidence=observe_evidence(canary, record, now),
+        evidence=observe_evidence(canary, record, now, settings.prometheus_hosts),
+        prometheus_hosts=settings.prometheus_hosts,
     )
 
 
@@ -218,11 +221,16 @@ def _read_failure(message: str | None) -> Failure | None:
     return summary.failure if summary is not None else None
 
 
-def observe_evidence(canary: Canary, record: RolloutRecord | None, now: datetime) -> PairedSums | NoEvidence:
+def observe_evidence(
+    canary: Canary, record: RolloutRecord | None, now: datetime, prometheus_hosts: tuple[str, ...]
+) -> PairedSums | NoEvidence:
     """Asks Prometheus what is known of a rollout; never raises, since knowing nothing is a finding as well."""
     if record is None or record.step is None or record.failed_reason is not None:
         return NoEvidence(REASON_NO_DATA, "nothing has been compared yet")
     metadata, url = canary.metadata, canary.spec.analysis.prometheus.url
+    refusal = refuse_prometheus(url, prometheus_hosts)
+    if refusal is not None:
+        return NoEvidence(REASON_PROMETHEUS_NOT_ALLOWED, refusal)
     window = int((now - parse_time(record.started)).total_seconds()) + _WINDOW_MARGIN_SECONDS
     try:
         reading = read_paired(url, metadata.namespace, metadata.name, record.id, window)
