@@ -12,6 +12,7 @@ PREFIX = "ATTUNE_"
 
 _SecretName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)]
 _Image = Annotated[str, Field(pattern=r"^\S+$", min_length=1, max_length=512)]
+_Host = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{1,5})?$", max_length=259)]
 
 
 class SettingsError(ValueError):
@@ -31,6 +32,9 @@ class Settings(BaseModel):
     job_service_account: _SecretName = Field(default="default", description="ServiceAccount of the Jobs' pods.")
     serve_service_account: _SecretName = Field(default="default", description="ServiceAccount of the inference pods.")
     watch_namespaces: tuple[DnsLabel, ...] = Field(default=(), description="Empty: every namespace.")
+    prometheus_hosts: tuple[_Host, ...] = Field(
+        default=(), description="host or host:port that a Canary may name for its Prometheus. Empty: any."
+    )
     lease_namespace: DnsLabel = Field(default="default", description="Where the leadership Lease lies.")
     lease_name: DnsLabel = "attune-operator"
     lease_seconds: int = Field(default=15, ge=5, le=300)
@@ -82,7 +86,7 @@ class Settings(BaseModel):
         return settings
 
 
-_LISTS = frozenset({"watch_namespaces", "image_pull_secrets"})
+_LISTS = frozenset({"watch_namespaces", "image_pull_secrets", "prometheus_hosts"})
 # Read by the Makefile and the development tools from the same environment; none of the operator's business.
 _NOT_SETTINGS = frozenset({"cache", "state"})
 # What the kubelet sets in every pod for a Service whose name begins with attune.

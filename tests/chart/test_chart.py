@@ -244,6 +244,7 @@ def test_the_demonstrations_values_are_accepted(helm: Helm) -> None:
         ({"image": {"tagg": "x"}}, "tagg"),
         ({"settings": {"logLevel": "LOUD"}}, "logLevel"),
         ({"settings": {"workers": 0}}, "workers"),
+        ({"settings": {"prometheusHosts": ["http://prometheus:9090"]}}, "prometheusHosts"),
         ({"watchNamespaces": "speech"}, "watchNamespaces"),
         ({"watchNamespaces": ["Speech"]}, "watchNamespaces"),
         ({"image": {"digest": "latest"}}, "digest"),

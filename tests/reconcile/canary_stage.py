@@ -169,7 +169,7 @@ class Stage:
         self.settings = settings
         self.prometheus = prometheus
         self.key = Key(Canary.KIND, namespace.name, "voice")
-        # Models whose pods never become ready, and what the kubelet says of them.
+        # Models (or an arm's: "stable/tuned") whose pods never become ready, and what the kubelet says of them.
         self.waiting: dict[str, dict[str, str]] = {}
         self.weights: list[int] = []
 
@@ -201,7 +201,7 @@ class Stage:
         status = {"status": {"conditions": [condition]}}
         self.cluster.patch(GATEWAY, self.namespace.name, "public", status, subresource="status")
 
-    def put_dataset(self, words: int = GOLDEN * WORDS_EACH) -> None:
+    def put_dataset(self, words: int = GOLDEN * WORDS_EACH, revision: str = "1") -> None:
         body = self.namespace.apply(
             "Dataset",
             "calls",
@@ -225,8 +225,8 @@ class Stage:
                 "kind": "Dataset",
                 "metadata": {"name": "calls", "namespace": self.namespace.name},
                 "status": {
-                    "revision": "sha256:" + "1" * 64,
-                    "uri": "s3://attune/datasets/calls/1",
+                    "revision": "sha256:" + revision * 64,
+                    "uri": f"s3://attune/datasets/calls/{revision}",
                     "splits": {"train": split, "validation": split, "holdout": split},
                     "conditions": conditions,
                 },
@@ -295,7 +295,8 @@ class Stage:
             if LABEL_TRACK not in labels or pod["metadata"].get("deletionTimestamp"):
                 continue
             environment = {one["name"]: one.get("value") for one in pod["spec"]["containers"][0]["env"]}
-            waiting = self.waiting.get(str(environment["ATTUNE_MODEL_ID"]))
+            model = str(environment["ATTUNE_MODEL_ID"])
+            waiting = self.waiting.get(model) or self.waiting.get(f"{labels[LABEL_TRACK]}/{model}")
             state: dict[str, Any] = {"running": {"startedAt": now()}} if waiting is None else {"waiting": waiting}
             if (find_condition(pod, "Ready").get("status") == "True") == (waiting is None) and pod["status"].get(
                 "containerStatuses"

@@ -74,7 +74,11 @@ def cluster(kubeconfig: Path) -> Iterator[Cluster]:
 @pytest.fixture
 def namespace(cluster: Cluster, kubeconfig: Path, request: pytest.FixtureRequest) -> Iterator[Namespace]:
     """An empty namespace, named after the test."""
-    base = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:48].strip("-")
+    yield from lend_namespace(cluster, re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:48].strip("-"))
+
+
+def lend_namespace(cluster: Cluster, base: str) -> Iterator[Namespace]:
+    """Gives an empty namespace of this name, or of this name with a number, and deletes it in the end."""
     name, number = base, 1
     while True:
         try:

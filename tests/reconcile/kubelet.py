@@ -5,11 +5,26 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from attune.adapters.cluster import CUSTOM, JOB, POD, Cluster, Object, is_owned_by
+from attune.adapters.cluster import (
+    CONFIG_MAP,
+    CUSTOM,
+    DEPLOYMENT,
+    HTTP_ROUTE,
+    JOB,
+    POD,
+    SERVICE,
+    Cluster,
+    Object,
+    ResourceType,
+    is_owned_by,
+)
 from attune.contract.result import Summary
 from attune.render.job import CONTAINER
+from attune.render.names import LABEL_OWNER_UID
 
 T = TypeVar("T")
+REPLICA_SET = ResourceType("apps/v1", "ReplicaSet", "replicasets")
+CHILDREN = (JOB, CONFIG_MAP, DEPLOYMENT, REPLICA_SET, SERVICE, HTTP_ROUTE, POD)
 SECONDS = 120.0  # far more than it takes; the machine may have other work
 
 
@@ -71,6 +86,27 @@ class Namespace:
         terminal = "Ready" if kind in ("Dataset", "Canary") else "Succeeded"
         found = self.wait(kind, name, lambda one: find_condition(one, terminal).get("reason") == reason, seconds)
         return find_condition(found, terminal)
+
+    def delete(self, kind: str, name: str, propagation: str = "Background") -> None:
+        """Deletes a custom resource and waits until it, and all that the operator made for it, has gone."""
+        uid = self.get(kind, name)["metadata"]["uid"]
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
+        self.cluster._request("DELETE", CUSTOM[kind].path(self.name, name), body=body)
+        self.wait_gone(kind, name, uid)
+
+    def wait_gone(self, kind: str, name: str, uid: str) -> None:
+        """Waits until a custom resource and everything that carries its uid has gone."""
+        wait_for(lambda: self.cluster.get(CUSTOM[kind], self.name, name) is None, f"the end of {kind} {name}")
+        try:
+            wait_for(lambda: not self.children(uid), "the garbage collector")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; left are {self.children(uid)}") from None
+
+    def children(self, uid: str) -> list[str]:
+        """Names whatever was made for the custom resource with this uid, Events aside."""
+        kinds = [one for one in CHILDREN if one is not HTTP_ROUTE or self.cluster.is_served(one)]
+        found = [one for kind in kinds for one in self.cluster.list(kind, self.name, {LABEL_OWNER_UID: uid})]
+        return [f"{one['kind']}/{one['metadata']['name']}" for one in found]
 
     def jobs(self, owner: str) -> list[Object]:
         """The Jobs of a custom resource of this name that are not on their way out."""

@@ -1,11 +1,12 @@
 """A Canary against a real API server, its Deployment controller and a real Prometheus; the test plays the kubelet."""
 
+import logging
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from attune.adapters.cluster import CONFIG_MAP, CUSTOM, DEPLOYMENT, GATEWAY, HTTP_ROUTE, JOB, SERVICE, Cluster
+from attune.adapters.cluster import CONFIG_MAP, CUSTOM, GATEWAY, HTTP_ROUTE, JOB, POD, SERVICE, Cluster, Object
 from attune.api import Canary
 from attune.api.canary import ArmModel
 from attune.contract.job import JobSpec
@@ -14,16 +15,19 @@ from attune.domain.actions import EnsureArm, EnsureRoute, RolloutRecord
 from attune.domain.canary.identity import fill_image
 from attune.reconcile import act_canary
 from attune.reconcile.observe import parse_resource
+from attune.render.inference import LABEL_TRACK
 from attune.settings import Settings
 
 from tests.reconcile.canary_stage import Exposition, Killed, Stage, run_prometheus, serve
 from tests.reconcile.conftest import kubectl
-from tests.reconcile.kubelet import Namespace, wait_for
+from tests.reconcile.kubelet import Namespace, find_condition, wait_for
 
 pytestmark = [
     pytest.mark.apiserver,
     pytest.mark.timeout(500),
 ]
+
+PULLING = {"reason": "ContainerCreating", "message": ""}
 
 
 @pytest.fixture(scope="module")
@@ -370,13 +374,153 @@ def test_somebody_elses_object_is_never_overwritten(stage: Stage) -> None:
     stage.drive_phase("Healthy")
 
 
-def test_deletion_in_the_middle_of_a_rollout_clears_everything_away(serving: Stage) -> None:
+def initializing(stage: Stage, scorers: Exposition) -> None:
+    stage.waiting["base"] = PULLING
+    stage.apply("base")
+    stage.drive(lambda: bool(pods_of(stage, "stable")), "a pod of stable")
+
+
+def starting(stage: Stage, scorers: Exposition) -> None:
+    stage.waiting["tuned"] = PULLING
+    stage.apply("base")
+    stage.drive_phase("Healthy")
+    stage.apply("tuned")
+    stage.drive(lambda: bool(pods_of(stage, "canary")), "a pod of the canary")
+
+
+def weighted(stage: Stage, scorers: Exposition) -> None:
+    stage.apply("base")
+    stage.drive_phase("Healthy")
+    stage.apply("tuned")
+    stage.drive(lambda: stage.weights[-1] == 5 and bool(stage.namespace.jobs("voice")), "the first weight")
+
+
+def pausing(stage: Stage, scorers: Exposition) -> None:
+    stage.apply("base")
+    stage.drive_phase("Healthy")
+    stage.apply("tuned", steps=[{"pause": {"seconds": 600}}, {"weight": 100}])
+    stage.drive_phase("Paused")
+
+
+def promoting(stage: Stage, scorers: Exposition) -> None:
+    stage.waiting["stable/tuned"] = PULLING
+    stage.apply("base", steps=[{"weight": 100}])
+    stage.drive_phase("Healthy")
+    stage.apply("tuned", steps=[{"weight": 100}])
+    stage.drive_phase("Promoting", each=lambda: score(stage, scorers, 2, 1))
+
+
+def rolled_back(stage: Stage, scorers: Exposition) -> None:
+    stage.waiting["tuned"] = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+    stage.apply("base")
+    stage.drive_phase("Healthy")
+    stage.apply("tuned")
+    stage.drive_phase("Degraded")
+
+
+def pods_of(stage: Stage, track: str) -> list[Object]:
+    return stage.cluster.list(POD, stage.namespace.name, {LABEL_TRACK: track})
+
+
+@pytest.mark.parametrize(
+    ("bring", "propagation"),
+    [
+        (initializing, "Background"),
+        (starting, "Background"),
+        (weighted, "Background"),
+        (weighted, "Foreground"),
+        (pausing, "Background"),
+        (promoting, "Background"),
+        (rolled_back, "Background"),
+    ],
+)
+def test_deletion_leaves_nothing(
+    stage: Stage,
+    scorers: Exposition,
+    caplog: pytest.LogCaptureFixture,
+    bring: Callable[[Stage, Exposition], None],
+    propagation: str,
+) -> None:
+    bring(stage, scorers)
+    uid = stage.canary["metadata"]["uid"]
+    assert stage.namespace.children(uid)
+    caplog.clear()
+    stage.namespace.delete("Canary", "voice", propagation)
+    assert stage.step().result == "gone"
+    assert stage.namespace.children(uid) == [], "nothing comes back"
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+def test_deletion_in_the_middle_of_a_pass_leaves_nothing(
+    stage: Stage, kubeconfig: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the pass makes after that has no owner from the beginning."""
+    stage.apply("base")
+    uid = stage.canary["metadata"]["uid"]
+
+    def fence() -> None:
+        stage.cluster.delete(CUSTOM["Canary"], stage.namespace.name, "voice")
+
+    late = Cluster.connect(kubeconfig=str(kubeconfig), fence=fence)
+    assert stage.step(late).error == "Conflict"
+    late.close()
+    assert stage.step().result == "gone"
+    stage.namespace.wait_gone("Canary", "voice", uid)
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+def test_a_promotion_whose_pods_never_start_is_left_for_another_model(serving: Stage, scorers: Exposition) -> None:
+    serving.waiting["stable/tuned"] = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+    served: list[bool] = []
+
+    def look() -> None:
+        score(serving, scorers, 2, 1)
+        arms = [serving.arm(track) for track, weight in zip(Track, serving.split, strict=True) if weight]
+        served.append(all(arm is not None and arm["status"].get("availableReplicas", 0) > 0 for arm in arms))
+
     serving.apply("tuned")
-    serving.drive(lambda: serving.weights[-1] == 5, "the first weight")
-    serving.cluster.delete(CUSTOM["Canary"], serving.namespace.name, "voice")
+    serving.drive(lambda: serving.ready["reason"] == "ImagePullFailed", "the promotion to be stuck", each=look)
+    assert serving.status["phase"] == "Promoting"
+    assert find_condition(serving.canary, "Stalled")["status"] == "True"
+    assert "change spec.model, and stable first goes back to model base" in serving.ready["message"]
+    assert serving.split == (0, 100)
+    assert "ImagePullFailed" in serving.events
+    serving.step()
+    assert serving.step().result == "unchanged"
+    serving.apply("best")
+    serving.drive(
+        lambda: (
+            (serving.status.get("stable") or {}).get("modelId") == "best"
+            and serving.status["phase"] == "Healthy"
+            and serving.arm("canary") is None
+        ),
+        "the promotion of the other model",
+        each=look,
+    )
+    assert serving.weights == [0, 5, 50, 100, 0, 5, 50, 100, 0]
+    told = [(one["modelId"], one["outcome"], one["reason"]) for one in serving.status["history"]]
+    assert told == [("best", "Promoted", "Promoted"), ("tuned", "RolledBack", "ImagePullFailed")]
+    assert all(served)
+    arm = serving.arm("stable")
+    assert arm is not None
+    assert "attune.dev/former" not in arm["metadata"]["annotations"]
 
-    def gone() -> bool:
-        kinds = (DEPLOYMENT, SERVICE, HTTP_ROUTE, JOB)
-        return not any(serving.cluster.list(kind, serving.namespace.name) for kind in kinds)
 
-    wait_for(gone, "the garbage collector", seconds=90)
+def test_a_scorer_that_is_started_anew_reads_what_is_wanted_now(serving: Stage) -> None:
+    """Somebody has mended the golden set and deleted the Job that had failed on it."""
+    serving.apply("tuned")
+    serving.drive(lambda: bool(serving.namespace.jobs("voice")), "the scorer")
+    (job,) = serving.namespace.jobs("voice")
+    name = job["metadata"]["name"]
+    serving.put_dataset(revision="2")
+    serving.cluster.delete(JOB, serving.namespace.name, name)
+
+    def again() -> bool:
+        return any(one["metadata"]["uid"] != job["metadata"]["uid"] for one in serving.namespace.jobs("voice"))
+
+    serving.drive(again, "another scorer")
+    config = serving.cluster.get(CONFIG_MAP, serving.namespace.name, name)
+    assert config is not None
+    recipe = JobSpec.model_validate_json(config["data"]["job.json"]).recipe
+    assert recipe.recipe == "score"
+    assert recipe.dataset.uri == "s3://attune/datasets/calls/2"

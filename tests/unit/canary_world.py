@@ -16,6 +16,7 @@ from attune.domain.actions import (
     EnsureJob,
     EnsureRoute,
     EnsureScorer,
+    FormerArm,
     Plan,
     RolloutRecord,
 )
@@ -29,7 +30,7 @@ from attune.domain.verdict import NoEvidence, PairedSums, judge
 BEGINNING = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 GOLDEN_UTTERANCES, WORDS_EACH = 400, 5
 # Word errors in ten utterances, by model. Any pairing of two of them is judged within the golden set.
-ERRORS = {"base": 10, "tuned": 5, "bad": 30, "broken": 10}
+ERRORS = {"base": 10, "tuned": 5, "best": 1, "bad": 30, "broken": 10}
 
 
 def build_canary(model: str = "base", **spec: Any) -> Canary:
@@ -80,6 +81,7 @@ class Arm:
     template: PodTemplate
     replicas: int
     asked: datetime
+    former: FormerArm | None = None
     pods: list[tuple[str, bool]] = field(default_factory=list)
 
 
@@ -102,6 +104,7 @@ class World:
         self.scorers: dict[str, datetime] = {}
         self.failed_scorers: dict[str, datetime] = {}
         self.prometheus_up = True
+        self.prometheus_hosts: tuple[str, ...] = ()
         self.scorer_works = True
         self.gateway = ObservedGateway("Programmed")
         self.dataset: Dataset | None = build_dataset()
@@ -137,6 +140,7 @@ class World:
             route=ObservedRoute(self.route.stable_weight, self.route.canary_weight, record) if self.route else None,
             scorers=tuple(self._observe_scorer(name) for name in self.scorers),
             evidence=self.evidence(),
+            prometheus_hosts=self.prometheus_hosts,
         )
 
     def _observe_scorer(self, name: str) -> ObservedJob:
@@ -163,6 +167,7 @@ class World:
             pods=tuple(
                 ServingPod(f"{track}-{i}", revision, ready=ready) for i, (revision, ready) in enumerate(arm.pods)
             ),
+            former=arm.former,
         )
 
     def _can_start(self, track: Track, arm: Arm) -> bool:
@@ -217,10 +222,17 @@ class World:
         if crash_after is None and plan.status != self.canary.status:
             self.writes += 1
             self.canary = self.canary.model_copy(update={"status": plan.status})
-        if crash_after is None and not self.canary.spec.suspend and self.route and self.route.canary_weight:
-            stable_has_none = seen.stable is None or seen.stable.ready == 0
-            assert (seen.trial is not None and seen.trial.ready > 0) or stable_has_none, "weight only where pods are"
+        if crash_after is None and not self.canary.spec.suspend and self.route:
+            self._assert_served(seen, self.route)
         return plan
+
+    def _assert_served(self, seen: ObservedCanary, route: Route) -> None:
+        """Asserts that no arm without pods gets requests while the other has some, as far as a pass could see."""
+        stable, trial = (arm is not None and arm.ready > 0 for arm in (seen.stable, seen.trial))
+        if route.canary_weight:
+            assert trial or not stable, "weight only where pods are"
+        if route.record is not None and route.record.promoting and route.stable_weight:
+            assert stable or not trial, "the canary has passed: it serves while stable does not"
 
     def _carry_out(self, action: CanaryAction) -> None:  # noqa: C901 (one case for each action)
         match action:
@@ -254,23 +266,27 @@ class World:
 
     def _ensure_arm(self, action: EnsureArm) -> None:
         arm = self.arms.get(action.track)
-        wanted = (action.model, action.template, action.replicas)
-        if arm is not None and (arm.model, arm.template, arm.replicas) == wanted:
+        wanted = (action.model, action.template, action.replicas, action.former)
+        if arm is not None and (arm.model, arm.template, arm.replicas, arm.former) == wanted:
             return
         self.writes += 1
         assert action.template.spec.containers[0].image, "the image is filled in"
         if arm is None:
-            self.arms[action.track] = Arm(*wanted, asked=self.now)
+            self.arms[action.track] = Arm(*wanted[:3], asked=self.now, former=action.former)
             return
         if action.track is Track.STABLE and arm.model.revision != action.model.revision and self.route is not None:
             observed = self._observe_arm(Track.STABLE)
             assert observed is not None
-            assert observed.broken or action.model.revision in self.passed, "stable changes only after a Pass"
+            back = arm.former == (action.model, action.template)
+            assert observed.broken or back or action.model.revision in self.passed, "stable changes only after a Pass"
+            if action.former is not None:
+                assert action.former == (arm.model, arm.template), "what is taken away is written down"
         if action.track is Track.CANARY and arm.model.revision != action.model.revision:
             assert self.route is not None
             assert self.route.canary_weight == 0, "the model of an arm that gets requests never changes"
-        arm.model, arm.template, arm.replicas = wanted
-        arm.asked = self.now
+        if (arm.model, arm.template, arm.replicas) != wanted[:3]:
+            arm.asked = self.now
+        arm.model, arm.template, arm.replicas, arm.former = wanted
 
     def _ensure_route(self, action: EnsureRoute) -> None:
         assert action.stable_weight + action.canary_weight == 100
@@ -282,14 +298,17 @@ class World:
         old = before.canary_weight if before else 0
         record = action.rollout
         key = (record.id, record.started) if record else None
-        if record is not None and record.failed_reason is not None:
+        # A promotion that is taken back has its mark before stable has its former model again.
+        if record is not None and record.failed_reason is not None and not record.promoting:
             self.failed.add((record.id, record.started))
         if key in self.failed:
             assert after.canary_weight == 0, "the weight never rises after a Fail"
             assert record is not None
             assert record.failed_reason is not None, "a Fail is not forgotten"
-        if after.canary_weight > old:
-            trial = self._observe_arm(Track.CANARY)
+        stable, trial = self._observe_arm(Track.STABLE), self._observe_arm(Track.CANARY)
+        # A model that has passed may serve everybody where nobody else does.
+        alone = before and before.record and before.record.promoting and (stable is None or stable.ready == 0)
+        if after.canary_weight > old and not alone:
             assert trial is not None
             assert trial.rolled_out, "capacity is there before the weight moves"
             assert self.verdict() is not AnalysisVerdict.FAIL
@@ -301,9 +320,13 @@ class World:
             assert self.verdict() is AnalysisVerdict.PASS, "Unknown never promotes"
             self.passed.add(self.arms[Track.CANARY].model.revision)
         if before and before.record and before.record.promoting and (record is None or not record.promoting):
-            stable = self._observe_arm(Track.STABLE)
             assert stable is not None
-            assert stable.rolled_out, "a promoted model is on stable before the canary arm goes"
+            if record is None:
+                assert stable.rolled_out, "a promoted model is on stable before the canary arm goes"
+            else:
+                assert record.failed_reason is not None, "a promotion ends well, or as a failure"
+                assert stable.ready >= self.canary.spec.replicas, "stable serves before the canary arm goes"
+                assert trial is None or stable.model != trial.model, "with its former model"
         if after.canary_weight:
             self.reached[key] = after.canary_weight
         self.weights.append(after.canary_weight)

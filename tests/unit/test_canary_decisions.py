@@ -13,11 +13,19 @@ from attune.domain.actions import DeleteArm, DeleteJob, EnsureArm, EnsureRoute, 
 from attune.domain.arms import ObservedGateway, PodProblem, ServingPod, find_problem
 from attune.domain.canary import decide_canary
 from attune.domain.canary.analysis import LOSSES_IN_A_STEP
-from attune.domain.canary.identity import compute_revision, fill_image, name_model, name_rollout
+from attune.domain.canary.identity import (
+    compute_revision,
+    fill_image,
+    is_same_pair,
+    name_model,
+    name_pair,
+    name_rollout,
+)
+from attune.domain.canary.preflight import refuse_prometheus
 from attune.domain.canary.record import compute_weight
 from attune.domain.canary.scorer import SCORER_ATTEMPTS
 
-from tests.unit.canary_world import World, build_canary, build_dataset
+from tests.unit.canary_world import BEGINNING, World, build_canary, build_dataset
 
 
 @pytest.fixture
@@ -70,9 +78,13 @@ def test_a_revision_changes_with_model_digest_and_template_and_with_nothing_else
     assert len(others | {one}) == 4
 
 
-def test_a_rollout_is_named_by_what_is_compared() -> None:
-    assert name_rollout("u", "a", "b") == name_rollout("u", "a", "b")
-    assert len({name_rollout("u", "a", "b"), name_rollout("u", "b", "a"), name_rollout("v", "a", "b")}) == 3
+def test_a_rollout_is_named_by_what_is_compared_and_by_the_try() -> None:
+    pair = name_pair("u", "a", "b")
+    assert len({pair, name_pair("u", "b", "a"), name_pair("v", "a", "b")}) == 3
+    names = [name_rollout(pair, BEGINNING + timedelta(seconds=passed)) for passed in range(60)]
+    assert len({*names, name_rollout("f" * len(pair), BEGINNING)}) == 61
+    assert all(is_same_pair(one, pair) for one in [*names, pair])
+    assert not is_same_pair(names[0], name_pair("u", "b", "a"))
 
 
 def test_an_image_is_filled_in_only_where_none_is_given() -> None:
@@ -516,6 +528,20 @@ def test_other_steps_raise_no_weight_without_a_pass_and_lower_it_at_once(world: 
     assert world.arms[Track.STABLE].model.model_id == "tuned"
 
 
+def test_a_model_that_is_tried_again_at_once_is_judged_by_what_it_hears_now(world: World) -> None:
+    """Prometheus still knows what the scorer of the try before has counted."""
+    rollouts = []
+    for _ in range(2):
+        world.set_model("tuned")
+        world.until("Progressing", 5)
+        assert world.canary.status.rollout is not None
+        rollouts.append(world.canary.status.rollout.id)
+        assert set(world.scorers) == {f"voice-score-{rollouts[-1]}"}
+        world.set_model("base")
+        world.reconcile()
+    assert len(set(rollouts)) == 2
+
+
 def test_going_back_to_stables_model_ends_quietly(world: World) -> None:
     world.set_model("tuned")
     world.until("Progressing", 25)
@@ -546,22 +572,255 @@ def test_a_change_during_promotion_waits_until_it_is_finished(world: World) -> N
     assert outcomes == [("bad", Outcome.ROLLED_BACK), ("tuned", Outcome.PROMOTED)]
 
 
-def test_a_promotion_that_finds_no_room_waits_and_lets_no_other_model_past_the_trial(world: World) -> None:
+# --- A promotion that does not end ---
+
+
+def _get_stuck(replicas: int = 1, last_weight: int = 100) -> World:
+    """A promotion from base to tuned whose pods find no room, for longer than they are given."""
+    world = World(build_canary(replicas=replicas, steps=[{"weight": 5}, {"weight": last_weight}]))
+    world.settle()
     world.set_model("tuned")
     world.until("Promoting")
     world.no_room = True
-    for minute in range(30):
+    _pass_time(world)
+    return world
+
+
+def _pass_time(world: World, passes: int = 8) -> None:
+    for _ in range(passes):
         world.run_controllers()
         world.advance(10)
         world.reconcile()
-        if minute == 20:
-            world.set_model("bad")
-    assert world.weights[-1] == 100
-    assert world.arms[Track.STABLE].model.model_id == world.arms[Track.CANARY].model.model_id == "tuned"
+
+
+def _tell(world: World) -> list[tuple[str, str]]:
+    """Model and outcome of each rollout, newest first."""
+    return [(one.model_id, str(one.outcome)) for one in world.canary.status.history]
+
+
+def test_a_promotion_that_finds_no_room_says_so_and_goes_on_when_there_is_some() -> None:
+    world = _get_stuck()
+    assert world.ready == ("False", "StableNotReady")
+    ready, _, stalled = world.canary.status.conditions
+    assert stalled.status == "True"
+    assert "make room for one more pod; or change spec.model, and stable first goes back to model base" in ready.message
+    assert [one.type for one in world.events if one.reason == "StableNotReady"] == ["Warning"]
+    _pass_time(world, 30)
+    assert (world.weights[-1], world.canary.status.phase) == (100, "Promoting")
+    assert world.arms[Track.CANARY].pods == [(world.arms[Track.CANARY].model.revision, True)]
     world.no_room = False
     world.settle()
-    outcomes = [(one.model_id, one.outcome) for one in world.canary.status.history]
-    assert outcomes == [("bad", Outcome.ROLLED_BACK), ("tuned", Outcome.PROMOTED)]
+    assert _tell(world) == [("tuned", "Promoted")]
+    assert world.arms[Track.STABLE].former is None, "what is over is forgotten"
+
+
+@pytest.mark.parametrize(
+    ("other", "serves", "told"),
+    [
+        pytest.param("base", "base", [("tuned", "RolledBack")], id="the former one"),
+        pytest.param("best", "best", [("best", "Promoted"), ("tuned", "RolledBack")], id="a third one that is better"),
+        pytest.param("bad", "base", [("bad", "RolledBack"), ("tuned", "RolledBack")], id="a third one that is worse"),
+        pytest.param("broken", "base", [("broken", "RolledBack"), ("tuned", "RolledBack")], id="one that never starts"),
+    ],
+)
+@pytest.mark.parametrize("crash_after", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_another_model_takes_a_stuck_promotion_back_and_begins_at_the_beginning(
+    other: str, serves: str, told: list[tuple[str, str]], crash_after: int | None, replicas: int
+) -> None:
+    """Also with an operator that is killed in every pass, after so many writes."""
+    world = _get_stuck(replicas)
+    world.set_model(other)
+    world.weights.clear()
+    for _ in range(200):
+        if crash_after is not None:
+            world.reconcile(crash_after)
+        world.reconcile()
+        assert world.arms[Track.STABLE].model.model_id in {"base", serves}, "never the next one untried"
+        if world.canary.status.rollout is None and Track.CANARY not in world.arms:
+            break
+        # There is room for one more pod where the canary arm has gone.
+        world.no_room = Track.CANARY in world.arms and not _tell(world)
+        world.run_controllers()
+        world.advance(10)
+    world.no_room = False
+    world.settle()
+    assert world.arms[Track.STABLE].model.model_id == serves
+    assert _tell(world) == told
+    assert next(one for one in world.weights if one != 100) == 0, "stable has everything before the next one begins"
+    tuned = world.canary.status.history[-1]
+    assert (tuned.reason, tuned.weight) == ("StableNotReady", 100)
+    assert "stable's pods were not ready with it when another was asked for" in tuned.message
+
+
+def test_a_promotion_that_is_taken_back_is_told() -> None:
+    world = _get_stuck()
+    world.events.clear()
+    world.set_model("base")
+    world.reconcile()
+    assert world.canary.status.phase == "RollingBack"
+    assert world.ready == ("Unknown", "PromotionGivenUp")
+    message = world.canary.status.conditions[0].message
+    assert (
+        "Stable goes back to model base; the canary has 100 % of requests until stable has its pods (1) again"
+        in message
+    )
+    world.settle()
+    assert world.ready == ("True", "Healthy")
+    assert [(one.type, one.reason) for one in world.events] == [
+        ("Warning", "PromotionGivenUp"),
+        ("Warning", "RolledBack"),
+        ("Normal", "Healthy"),
+    ]
+
+
+def test_a_promotion_that_gets_on_is_finished_before_another_model_is_tried(world: World) -> None:
+    world.set_model("tuned")
+    world.until("Promoting")
+    world.set_model("base")
+    for _ in range(3):
+        world.reconcile()
+        assert world.arms[Track.STABLE].model.model_id == "tuned"
+    world.settle()
+    assert _tell(world)[-1] == ("tuned", "Promoted")
+
+
+def test_a_promotion_that_is_written_down_and_not_begun_is_taken_back_at_once(world: World) -> None:
+    """The operator was killed in between, or is refused the change of stable."""
+    world.set_model("tuned")
+    world.until("Progressing", 100)
+    while not (world.route and world.route.record and world.route.record.promoting):
+        world.advance(10)
+        world.reconcile(crash_after=1)
+    assert world.arms[Track.STABLE].model.model_id == "base"
+    world.set_model("best")
+    world.settle()
+    assert _tell(world) == [("best", "Promoted"), ("tuned", "RolledBack")]
+
+
+def test_the_canary_serves_until_stable_has_as_many_pods_of_its_former_model_as_are_wanted() -> None:
+    world = _get_stuck(replicas=3)
+    arm, former = world.arms[Track.STABLE], world.arms[Track.STABLE].former
+    assert former is not None
+    # A node has gone, and with it all but one of the former model's pods.
+    arm.pods = [(former.model.revision, True), (arm.model.revision, False)]
+    world.set_model("base")
+    _pass_time(world, 20)
+    assert world.ready == ("False", "PromotionGivenUp")
+    assert "or go back to the model that was promoted" in world.canary.status.conditions[0].message
+    assert world.weights[-1] == 100
+    assert len(world.arms[Track.CANARY].pods) == 3
+    world.no_room = False
+    world.settle()
+    assert world.ready == ("True", "Healthy")
+    assert _tell(world) == [("tuned", "RolledBack")]
+
+
+def test_pods_that_serve_the_promoted_model_count_on_the_way_back() -> None:
+    """The canary arm may hold the very room that the last pod of the former model needs."""
+    world = _get_stuck(replicas=2)
+    arm, former = world.arms[Track.STABLE], world.arms[Track.STABLE].former
+    assert former is not None
+    arm.pods = [(former.model.revision, True), (arm.model.revision, True), (arm.model.revision, False)]
+    world.set_model("base")
+    _pass_time(world, 4)
+    assert Track.CANARY not in world.arms
+    assert world.weights[-1] == 0
+    world.no_room = False
+    _pass_time(world)
+    assert world.ready == ("True", "Healthy")
+
+
+def test_a_promotion_on_its_way_back_is_taken_up_again_with_its_model() -> None:
+    """Also where the former model cannot be had any more."""
+    world = _get_stuck()
+    world.arms[Track.STABLE].pods = []
+    world.broken_models.add("base")
+    world.set_model("base")
+    _pass_time(world, 20)
+    assert world.arms[Track.STABLE].model.model_id == "base"
+    assert world.weights[-1] == 100
+    world.set_model("tuned")
+    world.no_room = False
+    world.settle()
+    assert _tell(world) == [("tuned", "Promoted")]
+
+
+@pytest.mark.parametrize("other", [None, "base"])
+def test_the_canary_serves_everybody_when_stable_loses_its_pods_in_a_promotion(other: str | None) -> None:
+    world = _get_stuck(last_weight=40)
+    assert world.weights[-1] == 40
+    world.arms[Track.STABLE].pods = []
+    world.prometheus_up = False
+    if other is not None:
+        world.set_model(other)
+    world.reconcile()
+    assert world.weights[-1] == 100
+    world.no_room, world.prometheus_up = False, True
+    world.settle()
+    assert world.ready == ("True", "Healthy")
+    assert world.arms[Track.STABLE].model.model_id == (other or "tuned")
+
+
+def test_where_the_former_model_is_not_known_a_stuck_promotion_waits() -> None:
+    """An operator of an earlier release has begun it."""
+    world = _get_stuck()
+    world.arms[Track.STABLE].former = None
+    world.set_model("bad")
+    _pass_time(world)
+    assert world.arms[Track.STABLE].model.model_id == "tuned"
+    assert world.canary.status.conditions[0].message.endswith("make room for one more pod")
+    world.no_room = False
+    world.settle()
+    assert _tell(world) == [("bad", "RolledBack"), ("tuned", "Promoted")]
+
+
+def test_a_model_that_cannot_be_told_takes_nothing_back() -> None:
+    world = _get_stuck()
+    world.set_spec(model={"fineTuneRef": {"name": "nobody"}})
+    world.reconcile()
+    assert world.canary.status.phase == "Promoting"
+    assert "there is no FineTune nobody" in world.canary.status.conditions[0].message
+    world.set_model("base")
+    world.reconcile()
+    world.set_spec(model={"fineTuneRef": {"name": "nobody"}})
+    world.reconcile()
+    assert world.arms[Track.STABLE].model.model_id == "base"
+    world.settle()
+    assert world.ready == ("False", "FineTuneNotFound")
+    assert _tell(world) == [("tuned", "RolledBack")]
+
+
+@pytest.mark.parametrize("lost", ["status", "route", "canary arm"])
+def test_whatever_is_lost_on_the_way_back_stable_gets_its_former_model(lost: str) -> None:
+    world = _get_stuck()
+    world.set_model("base")
+    world.reconcile()
+    if lost == "status":
+        world.canary = world.canary.model_copy(update={"status": type(world.canary.status)()})
+    elif lost == "route":
+        world.route = None
+    else:
+        del world.arms[Track.CANARY]
+    world.settle()
+    assert world.ready == ("True", "Healthy")
+    assert world.arms[Track.STABLE].model.model_id == "base"
+    assert ("tuned", "Promoted") not in _tell(world)
+
+
+def test_pods_that_a_quota_forbids_are_given_up_without_the_deployments_word() -> None:
+    world = _get_stuck()
+    world.set_model("base")
+
+    def choose() -> str:
+        seen = world.observe()
+        assert seen.stable is not None
+        late = replace(seen, stable=replace(seen.stable, deadline_exceeded=False))
+        return decide_canary(late).status.phase or ""
+
+    assert choose() == "Promoting"
+    world.advance(60)
+    assert choose() == "RollingBack"
 
 
 def test_suspend_holds_everything_and_the_clock_starts_anew_afterwards(world: World) -> None:
@@ -681,6 +940,40 @@ def test_a_golden_set_that_is_missing_or_too_small_stops_the_rollout_before_it_b
     assert "use about 40 utterances" in world.canary.status.conditions[0].message
     assert Track.CANARY not in world.arms
     world.dataset = build_dataset()
+    world.settle()
+    assert world.arms[Track.STABLE].model.model_id == "tuned"
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "allowed"),
+    [
+        ("http://anything:1", (), True),
+        ("http://prometheus.monitoring:9090", ("prometheus.monitoring",), True),
+        ("https://Prometheus.monitoring/path", ("prometheus.monitoring",), True),
+        ("http://prometheus.monitoring:9090", ("other", "prometheus.monitoring:9090"), True),
+        ("http://prometheus.monitoring:6443", ("prometheus.monitoring:9090",), False),
+        ("http://prometheus.monitoring.evil:9090", ("prometheus.monitoring",), False),
+        ("http://monitoring:9090", ("prometheus.monitoring",), False),
+        ("http://169.254.169.254/latest", ("prometheus.monitoring",), False),
+        ("http://other:99999", ("prometheus.monitoring",), False),
+    ],
+)
+def test_only_a_prometheus_that_the_installation_allows_is_asked(
+    url: str, hosts: tuple[str, ...], *, allowed: bool
+) -> None:
+    assert (refuse_prometheus(url, hosts) is None) == allowed
+
+
+def test_a_prometheus_that_is_not_allowed_stops_the_rollout_before_it_begins(world: World) -> None:
+    world.prometheus_hosts = ("prometheus.monitoring",)
+    world.set_model("tuned")
+    world.reconcile()
+    assert world.ready == ("False", "PrometheusNotAllowed")
+    message = world.canary.status.conditions[0].message
+    assert "names prometheus:9090" in message
+    assert "name prometheus.monitoring, or have it added to the chart's settings.prometheusHosts" in message
+    assert Track.CANARY not in world.arms
+    world.prometheus_hosts = ("prometheus",)
     world.settle()
     assert world.arms[Track.STABLE].model.model_id == "tuned"
 

@@ -11,7 +11,7 @@ from attune.domain.actions import RolloutRecord
 from attune.domain.canary.identity import fill_image
 from attune.domain.times import parse_time
 from attune.reconcile.drift import covers, sign
-from attune.render.inference import build_deployment, build_service, dump_template
+from attune.render.inference import build_deployment, build_service, dump_template, read_former
 from attune.render.route import build_route, read_route
 from attune.settings import Settings
 
@@ -125,6 +125,19 @@ def test_the_pods_fit_pod_security_restricted(canary: Canary) -> None:
     assert pod["automountServiceAccountToken"] is False
 
 
+def test_what_stable_served_before_is_read_back_as_it_was_written(canary: Canary) -> None:
+    template = fill_image(canary.spec.template, "i:1")
+    former = (MODEL, template)
+    built = build_deployment(canary, Track.STABLE, MODEL, template, 3, SETTINGS, former)
+    assert read_former(built["metadata"]["annotations"]["attune.dev/former"]) == former
+    assert "attune.dev/former" not in build(canary)["metadata"]["annotations"]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", '"model"', '{"model": {}}', '{"model": 1}'])
+def test_what_somebody_has_made_of_it_is_nothing(text: str | None) -> None:
+    assert read_former(text) is None
+
+
 def test_a_template_is_read_back_as_it_was_written(canary: Canary) -> None:
     template = fill_image(canary.spec.template, "i:1")
     assert PodTemplate.model_validate_json(dump_template(template)) == template
@@ -139,6 +152,15 @@ def test_a_template_is_read_back_as_it_was_written(canary: Canary) -> None:
         RolloutRecord("a", None, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z"),
         RolloutRecord("a", 3, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z", promoting=True),
         RolloutRecord("a", 3, "2026-11-21T12:00:00Z", "2026-11-21T12:00:00Z", reached=25, losses=2),
+        RolloutRecord(
+            "a",
+            3,
+            "2026-11-21T12:00:00Z",
+            "2026-11-21T12:00:00Z",
+            promoting=True,
+            failed_reason="Unschedulable",
+            failed_message="no node fits the pod",
+        ),
         RolloutRecord(
             "a",
             0,

@@ -27,6 +27,7 @@ def test_lists_are_separated_by_commas_and_empty_values_count_as_absent() -> Non
         ({"ATTUNE_STORE": "x"}, "ATTUNE_STORE is not a setting"),
         ({"ATTUNE_TRAINER_IMAGE": ""}, "ATTUNE_TRAINER_IMAGE: must be set"),
         ({"ATTUNE_WATCH_NAMESPACES": "UPPER"}, "ATTUNE_WATCH_NAMESPACES"),
+        ({"ATTUNE_PROMETHEUS_HOSTS": "http://prometheus:9090"}, "ATTUNE_PROMETHEUS_HOSTS"),
     ],
 )
 def test_wrong_settings_are_named(wrong: dict[str, str], says: str) -> None:

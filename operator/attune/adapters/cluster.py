@@ -91,6 +91,17 @@ def find_setter(obj: Mapping[str, Any], *path: str) -> str | None:
     return FIELD_MANAGER if FIELD_MANAGER in managers else next(iter(managers), None)
 
 
+def read_condition(obj: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Gives the condition of a type from an object's status; an empty one where it has not been written."""
+    conditions = (obj.get("status") or {}).get("conditions") or []
+    return next((one for one in conditions if one.get("type") == kind), {})
+
+
+def is_true(obj: Mapping[str, Any], kind: str) -> bool:
+    """Tells whether an object's condition of a type is True."""
+    return read_condition(obj, kind).get("status") == "True"
+
+
 class Cluster:
     """A cluster, as far as the operator needs it. Safe to use from several threads.
 

@@ -305,7 +305,9 @@ class ArmStatus(ArmModel):
 class RolloutStatus(StatusModel):
     """The rollout that is under way."""
 
-    id: str = Field(max_length=16, description="Hash of Canary, model and template: names the rollout.")
+    id: str = Field(
+        max_length=16, description="Names the rollout: a hash of Canary and both models, and which try of them it is."
+    )
     step: int = Field(ge=0, description="Index of the current step, from 0.")
     steps: int = Field(ge=1, description="Number of steps.")
     started_time: str = Field(max_length=32, description="Start.", json_schema_extra={"format": "date-time"})
@@ -318,7 +320,9 @@ class RolloutStatus(StatusModel):
         description="When the analysis last knew something.",
         json_schema_extra={"format": "date-time"},
     )
-    promoting: bool = Field(default=False, description="True from the last Pass until stable serves the new model.")
+    promoting: bool = Field(
+        default=False, description="True from the last Pass until stable serves the new model, or its former one again."
+    )
 
 
 _PAIRED = "Utterances that count for both arms; what an arm never answers counts as an empty transcript of it."

@@ -1,7 +1,7 @@
 """What a decision may ask for: a closed union of actions, and the Plan that carries them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from attune.api.canary import ArmModel, PodTemplate
 from attune.api.meta import PodResources, Status
@@ -40,18 +40,27 @@ class DeleteJob:
     pods_first: bool = False
 
 
+class FormerArm(NamedTuple):
+    """What stable served before the promotion that is under way."""
+
+    model: ArmModel
+    template: PodTemplate
+
+
 @dataclass(frozen=True)
 class EnsureArm:
     """The Deployment of an arm must serve this model with so many pods.
 
     template is the one that the arm was rolled out with, its image filled in: while the spec already asks for
-    another, stable must go on as it is.
+    another, stable must go on as it is. former is written down in the request that replaces it, and forgotten when the
+    promotion is over.
     """
 
     track: Track
     model: ArmModel
     template: PodTemplate
     replicas: int
+    former: FormerArm | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,8 @@ class RolloutRecord:
 
     step is None until the first step began. reached is the weight that the canary was last given; losses counts how
     often it has lost that for want of pods in this step. promoting is true from the last Pass until stable serves the
-    new model. A rollout with a failed_reason has failed: no later pass can raise its weight, whatever else was lost.
-    Times are RFC 3339 in UTC.
+    new model; with a failed_reason, until it serves its former one again. Any other rollout with a failed_reason has
+    failed: no later pass can raise its weight, whatever else was lost. Times are RFC 3339 in UTC.
     """
 
     id: str

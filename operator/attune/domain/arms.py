@@ -7,7 +7,7 @@ from typing import Final, Literal
 from attune.api.canary import ArmModel, PodTemplate
 from attune.contract.exitcode import Disposition, ExitCode
 from attune.contract.result import Failure
-from attune.domain.actions import RolloutRecord
+from attune.domain.actions import FormerArm, RolloutRecord
 from attune.domain.jobs import (
     IMAGE_PULL_FAILED,
     MISSING_KEY,
@@ -57,7 +57,7 @@ class ObservedArm:
     """A Deployment: what it serves, and how far it is.
 
     ready counts all pods that serve; rolled_out says that every wanted pod has this revision and serves, and that no
-    other pod is left.
+    other pod is left. former is what stable served before it was given this model, until all of that is over.
     """
 
     model: ArmModel
@@ -67,6 +67,7 @@ class ObservedArm:
     rolled_out: bool
     deadline_exceeded: bool = False
     pods: tuple[ServingPod, ...] = ()
+    former: FormerArm | None = None
 
     @property
     def problem(self) -> PodProblem | None:
@@ -74,9 +75,15 @@ class ObservedArm:
         return find_problem(pod for pod in self.pods if pod.revision == self.model.revision)
 
     @property
+    def stuck(self) -> bool:
+        """Whether time alone does not bring the wanted pods."""
+        fatal = self.problem is not None and self.problem.fatal
+        return not self.rolled_out and (self.deadline_exceeded or fatal)
+
+    @property
     def broken(self) -> bool:
         """Whether nothing is served, and time alone does not mend it."""
-        return self.ready == 0 and (self.deadline_exceeded or (self.problem is not None and self.problem.fatal))
+        return self.ready == 0 and self.stuck
 
 
 @dataclass(frozen=True)

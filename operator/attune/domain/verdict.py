@@ -47,6 +47,7 @@ REASON_INCONSISTENT: Final = "InconsistentData"
 REASON_NO_DATA: Final = "NoData"
 REASON_NOT_ENOUGH: Final = "NotEnoughEvidence"
 REASON_PROMETHEUS_UNAVAILABLE: Final = "PrometheusUnavailable"
+REASON_PROMETHEUS_NOT_ALLOWED: Final = "PrometheusNotAllowed"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ def ensure_arm(cluster: Cluster, settings: Settings, canary: Canary, action: Ens
         NotOurs: when an object of that name has another owner.
     """
     wrote = _ensure_applied(cluster, canary, build_service(canary, action.track))
-    deployment = build_deployment(canary, action.track, action.model, action.template, action.replicas, settings)
+    deployment = build_deployment(
+        canary, action.track, action.model, action.template, action.replicas, settings, action.former
+    )
     return _ensure_applied(cluster, canary, deployment) or wrote
 
 

@@ -108,7 +108,7 @@ def _reconcile_resource(cluster: Cluster, settings: Settings, resource: Resource
 
 def _find_ended(before: Status, after: Status) -> tuple[str, ...]:
     """Outcomes of the rollouts that this pass has entered in a Canary's history."""
-    # The same pair of models may be tried again, and is the same rollout by name.
+    # A rollout's name comes again, after 18 hours at the earliest.
     known = {(one.id, one.started_time) for one in getattr(before, "history", [])}
     entries = getattr(after, "history", [])
     return tuple(str(one.outcome) for one in entries if (one.id, one.started_time) not in known)

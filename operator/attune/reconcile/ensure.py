@@ -2,7 +2,16 @@
 
 import logging
 
-from attune.adapters.cluster import FIELD_MANAGER, JOB, Cluster, Object, find_setter, is_owned_by, type_of
+from attune.adapters.cluster import (
+    CONFIG_MAP,
+    FIELD_MANAGER,
+    JOB,
+    Cluster,
+    Object,
+    find_setter,
+    is_owned_by,
+    type_of,
+)
 from attune.contract.job import Owner
 from attune.domain.actions import EnsureJob
 from attune.errors import AlreadyExists, Conflict, NotOurs
@@ -23,7 +32,7 @@ def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
     """
     owner = action.spec.owner
     # job.json first: a pod without it could not start.
-    wrote = ensure_created(cluster, owner, build_config_map(action)) is None
+    wrote = _ensure_config(cluster, owner, build_config_map(action))
     present = ensure_created(cluster, owner, build_job(action, settings))
     if present is None:
         _log.info("created", extra={"object": f"Job/{action.name}", "namespace": owner.namespace})
@@ -48,6 +57,23 @@ def find_suspender(job: Object) -> str | None:
     """Names who has suspended a Job, where that was not this operator."""
     setter = find_setter(job, "spec", "suspend") if job["spec"].get("suspend") else None
     return None if setter == FIELD_MANAGER else setter
+
+
+def _ensure_config(cluster: Cluster, owner: Owner, wanted: Object) -> bool:
+    """Makes the ConfigMap exist that a Job of its name is to read; tells whether anything was written.
+
+    One that an earlier Job of this name has left may hold what was wanted then, and is replaced: somebody has deleted
+    that Job to have it done anew. What a Job reads that is still there never changes.
+    """
+    present = ensure_created(cluster, owner, wanted)
+    if present is None:
+        return True
+    namespace, name = owner.namespace, wanted["metadata"]["name"]
+    if present.get("data") == wanted["data"] or cluster.get(JOB, namespace, name) is not None:
+        return False
+    cluster.delete(CONFIG_MAP, namespace, name, uid=present["metadata"]["uid"])
+    cluster.create(wanted)
+    return True
 
 
 def ensure_created(cluster: Cluster, owner: Owner, obj: Object) -> Object | None:

@@ -5,7 +5,18 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from attune.adapters.cluster import CONFIG_MAP, CUSTOM, EVENT, JOB, POD, Cluster, Object, is_owned_by
+from attune.adapters.cluster import (
+    CONFIG_MAP,
+    CUSTOM,
+    EVENT,
+    JOB,
+    POD,
+    Cluster,
+    Object,
+    is_owned_by,
+    is_true,
+    read_condition,
+)
 from attune.adapters.progress import read_progress
 from attune.api import Dataset, Evaluation, FineTune
 from attune.api.meta import Condition, Resource, Status
@@ -164,7 +175,7 @@ def observe_jobs(cluster: Cluster, resource: Resource) -> tuple[ObservedJob, ...
 
 def _has_config(cluster: Cluster, job: Object, uid: str) -> bool:
     """Tells whether a Job that may still start a pod has its job.json."""
-    if _find_condition(job, "Complete") or _find_condition(job, "Failed"):
+    if is_true(job, "Complete") or is_true(job, "Failed"):
         return True
     config = cluster.get(CONFIG_MAP, job["metadata"]["namespace"], job["metadata"]["name"])
     return config is not None and is_owned_by(config, uid)
@@ -173,7 +184,7 @@ def _has_config(cluster: Cluster, job: Object, uid: str) -> bool:
 def _find_refusal(cluster: Cluster, job: Object, pods: list[Object]) -> str | None:
     """Finds what the API server says to the Job controller where that may not create a pod: only its Event has it."""
     metadata, started = job["metadata"], (job.get("status") or {}).get("startTime")
-    ended = _find_condition(job, "Complete") or _find_condition(job, "Failed")
+    ended = is_true(job, "Complete") or is_true(job, "Failed")
     if started is None or ended or job["spec"].get("suspend"):
         return None
     if any(is_owned_by(pod, metadata["uid"]) for pod in pods):
@@ -198,8 +209,8 @@ def observe_job(
 ) -> ObservedJob:
     """Makes an observation of a Job and of those of the pods that it controls."""
     metadata = body["metadata"]
-    complete, failed = _find_condition(body, "Complete"), _find_condition(body, "Failed")
-    ended = complete or failed
+    complete, failed = is_true(body, "Complete"), is_true(body, "Failed")
+    ended = read_condition(body, "Complete" if complete else "Failed")
     return ObservedJob(
         name=metadata["name"],
         suspended=bool(body["spec"].get("suspend")),
@@ -207,11 +218,11 @@ def observe_job(
         queue=queue,
         refusal=refusal,
         deleting=metadata.get("deletionTimestamp") is not None,
-        complete=complete is not None,
-        failed=failed is not None,
-        failed_reason=failed.get("reason") if failed else None,
-        failed_message=failed.get("message") if failed else None,
-        finished=parse_time(ended["lastTransitionTime"]) if ended else None,
+        complete=complete,
+        failed=failed,
+        failed_reason=ended.get("reason") if failed else None,
+        failed_message=ended.get("message") if failed else None,
+        finished=parse_time(ended["lastTransitionTime"]) if complete or failed else None,
         config_present=config_present,
         pods=tuple(observe_pod(pod) for pod in pods if is_owned_by(pod, metadata["uid"])),
     )
@@ -224,7 +235,6 @@ def observe_pod(body: Object) -> ObservedPod:
     container = next((one for one in statuses if one.get("name") == CONTAINER), {})
     state = container.get("state") or {}
     terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
-    scheduled = _find_condition(body, "PodScheduled", "False")
     image = next((one.get("image") for one in body["spec"]["containers"] if one.get("name") == CONTAINER), None)
     return ObservedPod(
         name=metadata["name"],
@@ -234,14 +244,16 @@ def observe_pod(body: Object) -> ObservedPod:
         image=image,
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message"),
-        unschedulable=scheduled.get("message") if scheduled and scheduled.get("reason") == "Unschedulable" else None,
+        unschedulable=read_unschedulable(body),
         exit_code=terminated.get("exitCode"),
         terminated_reason=terminated.get("reason"),
         termination_message=terminated.get("message"),
-        disrupted=_find_condition(body, "DisruptionTarget") is not None,
+        disrupted=is_true(body, "DisruptionTarget"),
     )
 
 
-def _find_condition(body: Object, kind: str, status: str = "True") -> dict[str, Any] | None:
-    conditions = (body.get("status") or {}).get("conditions") or []
-    return next((one for one in conditions if one.get("type") == kind and one.get("status") == status), None)
+def read_unschedulable(pod: Object) -> str | None:
+    """Gives the scheduler's message on a pod that it finds no node for; None for any other pod."""
+    scheduled = read_condition(pod, "PodScheduled")
+    waits = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    return str(scheduled.get("message", "")) if waits else None

@@ -5,28 +5,41 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from attune.adapters.cluster import DEPLOYMENT, GATEWAY, HTTP_ROUTE, POD, Cluster, Object, is_owned_by
+from attune.adapters.cluster import (
+    DEPLOYMENT,
+    GATEWAY,
+    HTTP_ROUTE,
+    POD,
+    Cluster,
+    Object,
+    is_owned_by,
+    is_true,
+    read_condition,
+)
 from attune.adapters.prometheus import UnusableAnswer, read_paired
 from attune.api import Canary, Dataset, FineTune
 from attune.api.canary import ArmModel, PodTemplate
 from attune.contract.metrics import Track
 from attune.contract.result import Failure
-from attune.domain.actions import RolloutRecord
+from attune.domain.actions import FormerArm, RolloutRecord
 from attune.domain.arms import ObservedArm, ObservedGateway, ObservedRoute, ServingPod
 from attune.domain.canary import ObservedCanary
+from attune.domain.canary.preflight import refuse_prometheus
 from attune.domain.jobs import parse_summary
 from attune.domain.times import parse_time
 from attune.domain.verdict import (
     REASON_INCONSISTENT,
     REASON_NO_DATA,
+    REASON_PROMETHEUS_NOT_ALLOWED,
     REASON_PROMETHEUS_UNAVAILABLE,
     NoEvidence,
     PairedSums,
     read_sums,
 )
 from attune.errors import Refused, Unavailable
-from attune.reconcile.observe import judge_availability, observe_jobs, read_resource
+from attune.reconcile.observe import judge_availability, observe_jobs, read_resource, read_unschedulable
 from attune.render.inference import (
+    ANNOTATION_FORMER,
     ANNOTATION_MODEL_DIGEST,
     ANNOTATION_MODEL_ID,
     ANNOTATION_MODEL_URI,
@@ -34,6 +47,7 @@ from attune.render.inference import (
     CONTAINER,
     LABEL_REVISION,
     name_arm,
+    read_former,
     select_arm,
 )
 from attune.render.route import read_route
@@ -68,7 +82,8 @@ def observe_canary(cluster: Cluster, settings: Settings, canary: Canary, now: da
         trial=observe_arm(cluster, canary, Track.CANARY),
         route=route,
         scorers=observe_jobs(cluster, canary),
-        evidence=observe_evidence(canary, record, now),
+        evidence=observe_evidence(canary, record, now, settings.prometheus_hosts),
+        prometheus_hosts=settings.prometheus_hosts,
     )
 
 
@@ -82,9 +97,9 @@ def observe_gateway(cluster: Cluster, canary: Canary) -> ObservedGateway:
     except Refused:
         # A namespaced installation may not look into the Gateway's namespace; the route's status will tell.
         return ObservedGateway("Unreadable")
-    programmed = _find_condition(body, "Programmed")
-    if programmed is None or programmed.get("status") != "True":
-        return ObservedGateway("NotProgrammed", str((programmed or {}).get("message") or "no controller has taken it"))
+    if not is_true(body, "Programmed"):
+        told = read_condition(body, "Programmed").get("message")
+        return ObservedGateway("NotProgrammed", str(told or "no controller has taken it"))
     return ObservedGateway("Programmed")
 
 
@@ -126,16 +141,17 @@ def observe_arm(cluster: Cluster, canary: Canary, track: Track) -> ObservedArm |
     available, updated, total = (
         int(status.get(field, 0)) for field in ("availableReplicas", "updatedReplicas", "replicas")
     )
-    progressing = _find_condition(body, "Progressing") or {}
     pods = cluster.list(POD, canary.metadata.namespace, select_arm(canary.metadata.uid, track))
+    former = read_former((body["metadata"].get("annotations") or {}).get(ANNOTATION_FORMER))
     return ObservedArm(
         model=_read_model(canary, track, body),
         template=_read_template(canary, _read_image(body), body),
         replicas=replicas,
         ready=available,
         rolled_out=seen and replicas > 0 and updated == available == total == replicas,
-        deadline_exceeded=seen and progressing.get("reason") == "ProgressDeadlineExceeded",
+        deadline_exceeded=seen and read_condition(body, "Progressing").get("reason") == "ProgressDeadlineExceeded",
         pods=tuple(_observe_pod(pod) for pod in pods if not pod["metadata"].get("deletionTimestamp")),
+        former=FormerArm(*former) if former is not None else None,
     )
 
 
@@ -183,15 +199,13 @@ def _observe_pod(body: Object) -> ServingPod:
     state, last = container.get("state") or {}, container.get("lastState") or {}
     waiting = state.get("waiting") or {}
     ended = state.get("terminated") or last.get("terminated") or {}
-    scheduled = _find_condition(body, "PodScheduled") or {}
-    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
     image = next((one.get("image") for one in body["spec"]["containers"] if one.get("name") == CONTAINER), None)
     return ServingPod(
         name=metadata["name"],
         revision=(metadata.get("labels") or {}).get(LABEL_REVISION, ""),
         image=image,
-        ready=(_find_condition(body, "Ready") or {}).get("status") == "True",
-        unschedulable=scheduled.get("message") if unschedulable else None,
+        ready=is_true(body, "Ready"),
+        unschedulable=read_unschedulable(body),
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message"),
         restarts=int(container.get("restartCount", 0)),
@@ -207,11 +221,16 @@ def _read_failure(message: str | None) -> Failure | None:
     return summary.failure if summary is not None else None
 
 
-def observe_evidence(canary: Canary, record: RolloutRecord | None, now: datetime) -> PairedSums | NoEvidence:
+def observe_evidence(
+    canary: Canary, record: RolloutRecord | None, now: datetime, prometheus_hosts: tuple[str, ...]
+) -> PairedSums | NoEvidence:
     """Asks Prometheus what is known of a rollout; never raises, since knowing nothing is a finding as well."""
     if record is None or record.step is None or record.failed_reason is not None:
         return NoEvidence(REASON_NO_DATA, "nothing has been compared yet")
     metadata, url = canary.metadata, canary.spec.analysis.prometheus.url
+    refusal = refuse_prometheus(url, prometheus_hosts)
+    if refusal is not None:
+        return NoEvidence(REASON_PROMETHEUS_NOT_ALLOWED, refusal)
     window = int((now - parse_time(record.started)).total_seconds()) + _WINDOW_MARGIN_SECONDS
     try:
         reading = read_paired(url, metadata.namespace, metadata.name, record.id, window)
@@ -222,8 +241,3 @@ def observe_evidence(canary: Canary, record: RolloutRecord | None, now: datetime
     if reading is None:
         return NoEvidence(REASON_NO_DATA, f"Prometheus at {url} has no series of rollout {record.id} yet")
     return read_sums(reading.values)
-
-
-def _find_condition(body: Object, kind: str) -> dict[str, Any] | None:
-    conditions = (body.get("status") or {}).get("conditions") or []
-    return next((one for one in conditions if one.get("type") == kind), None)

@@ -39,6 +39,8 @@ ANNOTATION_MODEL_ID: Final = "attune.dev/model-id"
 ANNOTATION_MODEL_URI: Final = "attune.dev/model-uri"
 ANNOTATION_MODEL_DIGEST: Final = "attune.dev/model-digest"
 ANNOTATION_TEMPLATE: Final = "attune.dev/template"
+# What stable served before a promotion that is not over: what it can go back to.
+ANNOTATION_FORMER: Final = "attune.dev/former"
 
 # The server goes on accepting for 5 s after SIGTERM, and then answers what it has accepted.
 GRACE_SECONDS: Final = 90
@@ -60,11 +62,18 @@ def select_arm(uid: str, track: Track) -> dict[str, str]:
 
 
 def build_deployment(
-    canary: Canary, track: Track, model: ArmModel, template: PodTemplate, replicas: int, settings: Settings
+    canary: Canary,
+    track: Track,
+    model: ArmModel,
+    template: PodTemplate,
+    replicas: int,
+    settings: Settings,
+    former: tuple[ArmModel, PodTemplate] | None = None,
 ) -> dict[str, Any]:
     """Builds an arm's Deployment, fit for Pod Security `restricted`.
 
-    It surges: never is a pod taken away before its successor is ready. template has its image filled in.
+    It surges: never is a pod taken away before its successor is ready. template has its image filled in. former is what
+    the arm can go back to.
     """
     owner = canary.owner()
     labels = {**build_labels(owner, COMPONENT_SERVE), LABEL_TRACK: track.value}
@@ -80,6 +89,7 @@ def build_deployment(
                 ANNOTATION_MODEL_URI: model.uri,
                 **({ANNOTATION_MODEL_DIGEST: model.digest} if model.digest is not None else {}),
                 ANNOTATION_TEMPLATE: dump_template(template),
+                **({ANNOTATION_FORMER: dump_former(*former)} if former is not None else {}),
             },
             "ownerReferences": [build_owner_reference(owner)],
         },
@@ -129,7 +139,28 @@ def build_service(canary: Canary, track: Track) -> dict[str, Any]:
 
 def dump_template(template: PodTemplate) -> str:
     """Writes a template for the Deployment's annotation; PodTemplate reads it back."""
-    plain = template.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+    return _dump(_reduce(template))
+
+
+def dump_former(model: ArmModel, template: PodTemplate) -> str:
+    """Writes what an arm served before, for the Deployment's annotation; read_former reads it back."""
+    return _dump({"model": _reduce(model), "template": _reduce(template)})
+
+
+def read_former(text: str | None) -> tuple[ArmModel, PodTemplate] | None:
+    """Reads what an arm served before; None where nothing is written of that, or somebody has broken it."""
+    try:
+        plain = json.loads(text or "")
+        return ArmModel.model_validate(plain["model"]), PodTemplate.model_validate(plain["template"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _reduce(part: ArmModel | PodTemplate) -> dict[str, Any]:
+    return part.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+
+
+def _dump(plain: dict[str, Any]) -> str:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 

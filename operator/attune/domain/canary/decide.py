@@ -2,13 +2,13 @@
 
 from attune.api.canary import ArmModel
 from attune.domain.actions import Plan, RolloutRecord
-from attune.domain.canary.ending import promote
-from attune.domain.canary.identity import name_rollout
+from attune.domain.canary.identity import is_same_pair, name_pair, name_rollout
 from attune.domain.canary.initial import initialize, replace_broken
 from attune.domain.canary.models import resolve_stable, resolve_target
 from attune.domain.canary.next import Next, Problem
 from attune.domain.canary.observed import ObservedCanary, is_serving
 from attune.domain.canary.preflight import PREFLIGHT
+from attune.domain.canary.promotion import continue_promotion
 from attune.domain.canary.reasons import STABLE_NOT_READY
 from attune.domain.canary.record import restore_record
 from attune.domain.canary.rest import rest, suspend
@@ -36,9 +36,7 @@ def _choose(o: ObservedCanary) -> Next:
     record = o.route.rollout if o.route is not None else None
     stable = resolve_stable(o)
     if record is not None and record.promoting:
-        # A promotion that has begun is finished before anything else: stable is between two models. It can be
-        # finished, since the canary arm runs the very same pods.
-        return promote(o, record, o.trial.model if o.trial is not None else stable)
+        return continue_promotion(o, record, target)
     if isinstance(target, Problem):
         if record is not None and not record.failed_reason:
             return continue_rollout(o, record, None, blocked=target)
@@ -50,14 +48,14 @@ def _choose(o: ObservedCanary) -> Next:
 
 def _choose_rollout(o: ObservedCanary, record: RolloutRecord | None, stable: ArmModel, target: ArmModel) -> Next:
     """Another model than stable's is wanted."""
-    identity = name_rollout(o.canary.metadata.uid, stable.revision, target.revision)
-    if record is not None and record.id == identity:
+    pair = name_pair(o.canary.metadata.uid, stable.revision, target.revision)
+    if record is not None and is_same_pair(record.id, pair):
         if record.failed_reason is not None:
             return rest(o, describe_failed(o, record), record)
         return continue_rollout(o, record, target)
     problem = next((found for check in PREFLIGHT if (found := check(o)) is not None), None)
     if problem is None:
-        return begin_rollout(o, identity, target)
+        return begin_rollout(o, name_rollout(pair, o.now), target)
     if problem.reason == STABLE_NOT_READY and o.stable is not None and o.stable.broken:
         return replace_broken(o, target)
     return rest(o, describe_problem(o, problem), None)

@@ -20,7 +20,7 @@ def tell_history(
     """Adds the rollout that has just ended.
 
     It ended when the route's record (or, where a write of the status was lost, the status) still had it and the plan
-    has not, or has it as failed.
+    has not, or has it as failed and is not on its way back from a promotion any more.
     """
     history = o.status.history
     on_route = o.route.rollout if o.route is not None else None
@@ -28,11 +28,11 @@ def tell_history(
     if past is None or any((one.id, one.started_time) == (past.id, past.started) for one in history):
         return history
     same = record is not None and (record.id, record.started) == (past.id, past.started)
-    if same and record is not None and record.failed_reason is None:
+    if same and record is not None and (record.failed_reason is None or record.promoting):
         return history
-    outcome, reason, message = _name_outcome(o, past, record if same else None, standing)
-    reached = max(compute_weight(o.spec.steps, past.step), o.route.canary_weight if o.route is not None else 0)
     trial = o.trial.model if o.trial is not None else o.status.canary
+    outcome, reason, message = _name_outcome(o, past, record if same else None, standing, trial)
+    reached = max(compute_weight(o.spec.steps, past.step), o.route.canary_weight if o.route is not None else 0)
     model = resolve_stable(o) if outcome is Outcome.PROMOTED or trial is None else trial
     compared = analysis is not None and analysis.utterances > 0
     entry = HistoryEntry(
@@ -53,13 +53,17 @@ def tell_history(
 
 
 def _name_outcome(
-    o: ObservedCanary, past: RolloutRecord, failed: RolloutRecord | None, standing: Standing
+    o: ObservedCanary,
+    past: RolloutRecord,
+    failed: RolloutRecord | None,
+    standing: Standing,
+    trial: ArmModel | None,
 ) -> tuple[Outcome, str, str]:
     if failed is not None:
         return Outcome.ROLLED_BACK, failed.failed_reason or standing.reason, failed.failed_message or ""
     if past.failed_reason is not None:
         return Outcome.ROLLED_BACK, past.failed_reason, past.failed_message or ""
-    if past.promoting:
+    if past.promoting and (trial is None or trial.revision == resolve_stable(o).revision):
         figures = o.status.analysis.message if o.status.analysis is not None else "every step passed"
         return Outcome.PROMOTED, "Promoted", figures
     target = resolve_target(o)

@@ -34,6 +34,7 @@ class ObservedCanary:
     route: ObservedRoute | None
     scorers: tuple[ObservedJob, ...]
     evidence: PairedSums | NoEvidence
+    prometheus_hosts: tuple[str, ...] = ()  # that may be asked; empty: any
 
     @property
     def spec(self) -> CanarySpec:

@@ -1,7 +1,8 @@
-"""Checks what must hold before a rollout begins: the Gateway, the golden set, and stable."""
+"""Checks what must hold before a rollout begins: the Gateway, Prometheus' address, the golden set, and stable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
+from urllib.parse import urlsplit
 
 from attune.api.dataset import Dataset, SplitStatus
 from attune.contract.job import Split
@@ -10,6 +11,7 @@ from attune.domain.canary.next import Problem
 from attune.domain.canary.observed import ObservedCanary
 from attune.domain.canary.reasons import GATEWAY_NOT_FOUND, GATEWAY_NOT_READY, GOLDEN_SET_TOO_SMALL, STABLE_NOT_READY
 from attune.domain.canary.scorer import resolve_golden_input
+from attune.domain.verdict import REASON_PROMETHEUS_NOT_ALLOWED
 
 
 def check_gateway(o: ObservedCanary) -> Problem | None:
@@ -24,6 +26,26 @@ def check_gateway(o: ObservedCanary) -> Problem | None:
         detail = f" ({o.gateway.message})" if o.gateway.message else ""
         return Problem(GATEWAY_NOT_READY, f"{where} is not programmed yet{detail}; waiting for it", waits=True)
     return None
+
+
+def refuse_prometheus(url: str, hosts: Collection[str]) -> str | None:
+    """Says why a Prometheus may not be asked; None when it may. hosts: host or host:port; empty: any may be asked.
+
+    The operator asks from where it stands: without a list, whoever may write a Canary can have it send requests to any
+    address that it reaches.
+    """
+    parts = urlsplit(url)
+    if not hosts or not {parts.hostname, parts.netloc.lower()}.isdisjoint(hosts):
+        return None
+    return (
+        f"spec.analysis.prometheus.url names {parts.netloc}, which this installation does not let Canaries ask; name "
+        f"{' or '.join(sorted(hosts))}, or have it added to the chart's settings.prometheusHosts"
+    )
+
+
+def _check_prometheus(o: ObservedCanary) -> Problem | None:
+    refusal = refuse_prometheus(o.spec.analysis.prometheus.url, o.prometheus_hosts)
+    return Problem(REASON_PROMETHEUS_NOT_ALLOWED, refusal) if refusal is not None else None
 
 
 def _check_golden_set(o: ObservedCanary) -> Problem | None:
@@ -61,6 +83,7 @@ def _check_stable(o: ObservedCanary) -> Problem | None:
 
 PREFLIGHT: Final[tuple[Callable[[ObservedCanary], Problem | None], ...]] = (
     check_gateway,
+    _check_prometheus,
     _check_golden_set,
     _check_stable,
 )

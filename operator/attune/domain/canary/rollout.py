@@ -6,10 +6,11 @@ from attune.api.canary import AnalysisVerdict, ArmModel, Phase
 from attune.contract.metrics import Track
 from attune.domain.actions import CanaryAction, EnsureArm, EnsureRoute, RolloutRecord
 from attune.domain.canary.analysis import find_failure, judge_rollout, may_go_on
-from attune.domain.canary.ending import roll_back, start_promotion
+from attune.domain.canary.ending import roll_back
 from attune.domain.canary.models import choose_trial_template, ensure_stable
 from attune.domain.canary.next import SOON_SECONDS, WAIT_SECONDS, Next, Problem
 from attune.domain.canary.observed import ObservedCanary, has_all_pods
+from attune.domain.canary.promotion import start_promotion
 from attune.domain.canary.reasons import (
     CANARY_NOT_READY,
     GOLDEN_SET_TOO_SMALL,

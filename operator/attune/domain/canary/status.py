@@ -70,7 +70,7 @@ def _tell_arm(model: ArmModel, weight: int, arm: ObservedArm | None) -> ArmStatu
 
 def _tell_rollout(o: ObservedCanary, following: Next) -> RolloutStatus | None:
     record = following.record
-    if record is None or record.failed_reason is not None:
+    if record is None or (record.failed_reason is not None and not record.promoting):
         return None
     told = o.status.rollout
     last_data = told.last_data_time if told is not None and told.id == record.id else None
