@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 from attune.contract.training import Augmentation, NoiseKind
 from numpy.random import Generator, SeedSequence, default_rng
+from numpy.typing import NDArray
 
 from attune_trainer.augmentation import effects
 from attune_trainer.augmentation.effects import SAMPLE_RATE, Audio
@@ -101,7 +102,7 @@ class Augmenter:
     def _draw(self, stream: int, *position: int) -> Generator:
         return default_rng(SeedSequence(self._seed, spawn_key=(self._epoch, stream, *position)))
 
-    def _draw_factors(self, seconds: np.ndarray, window_seconds: float) -> np.ndarray:
+    def _draw_factors(self, seconds: NDArray[np.float64], window_seconds: float) -> NDArray[np.float64]:
         """Draws speeds for all utterances at once; one that fills the model's window is not slowed out of it."""
         wanted = self._wanted.speed
         if wanted is None:
