@@ -1,5 +1,6 @@
 """What augmentation does to audio, measured on the audio: each test hears the difference."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def draw(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@functools.cache
 def speech(seed: int = 0, seconds: float = 2.0) -> effects.Audio:
     """Gives syllables of a voice: harmonics of a moving pitch up to 7 kHz, four times a second."""
     times = np.arange(int(seconds * RATE)) / RATE
@@ -85,8 +87,8 @@ class TestSpeed:
         assert pitch_of(heard) == pytest.approx(1000 * factor, rel=1e-3)
         assert decibels(power(heard) / power(tone)) == pytest.approx(0, abs=0.1)
 
-    @settings(max_examples=50, deadline=None)
-    @given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=60), st.integers(0, 3))
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=20), st.integers(0, 3))
     def test_every_clip_as_it_is_heard_has_room_in_its_batch_and_in_the_window(
         self, recorded: list[float], epoch: int
     ) -> None:
@@ -124,8 +126,8 @@ class TestNoise:
         levels = [decibels(float(powers[(low <= frequencies) & (frequencies < high)].mean())) for low, high in octaves]
         assert float(np.polyfit(range(len(levels)), levels, 1)[0]) == pytest.approx(slope, abs=0.3)
 
-    @settings(max_examples=30, deadline=None)
-    @given(st.floats(-20, 60), st.sampled_from(["White", "Pink", "Brown"]), st.integers(400, 40000))
+    @settings(max_examples=20, deadline=None)
+    @given(st.floats(-20, 60), st.sampled_from(["White", "Pink", "Brown"]), st.integers(400, 20000))
     def test_the_ratio_that_was_drawn_is_the_ratio_that_is_heard(self, snr_db: float, kind: str, length: int) -> None:
         clip = np.resize(speech(), length)
         mixed = effects.mix(clip, effects.make_noise(NoiseKind(kind), length, draw()), snr_db)
@@ -133,7 +135,7 @@ class TestNoise:
         assert heard == pytest.approx(snr_db, abs=0.5)
 
     def test_ratios_fill_the_range_that_was_asked_for(self) -> None:
-        clips = [speech(seed, 0.5) for seed in range(100)]
+        clips = [speech(seed, 0.3) for seed in range(100)]
         augmenter = make({"noise": {"snrDbMin": 5, "snrDbMax": 25, "probability": "1"}}, clips)
         ratios = [
             decibels(power(clip) / power(augmenter.hear(position, clip) - clip)) for position, clip in enumerate(clips)
@@ -324,7 +326,7 @@ class TestSpecAugment:
         features = draw(1).uniform(0, 1, (80, 100)).astype(np.float32)
         features[:, 50:] = -1.5
         masked = effects.mask_features(features, 50, SpecAugment(), draw())
-        assert set(masked[masked != features].tolist()) == {pytest.approx(float(features[:, :50].mean()))}
+        assert masked[masked != features] == pytest.approx(features[:, :50].mean(), abs=1e-6)
 
 
 class TestDraws:
@@ -421,7 +423,7 @@ class TestRecordings:
         self, s3_store: Store, key_prefix: str, tmp_path: Path
     ) -> None:
         tones = {f"{hertz}.wav": 0.1 * np.sin(hertz * np.arange(44100) / 7018) for hertz in (500, 900)}
-        tones["again.flac"] = tones["500.wav"]
+        tones["again.wav"] = tones["500.wav"]
         uri = self.upload(s3_store, tmp_path / "in", key_prefix, tones, rate=44100)
         files = self.fetch(s3_store, uri, tmp_path / "out")
         assert files == tuple(sorted(files))
