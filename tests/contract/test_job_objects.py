@@ -66,6 +66,18 @@ def test_trainer_reads_what_the_operator_writes(kind: str, tmp_path: Path) -> No
     assert JobSpec.model_validate_json(file.read_text()).owner.kind == kind
 
 
+def test_what_a_fine_tune_asks_for_reaches_its_run_and_what_it_does_not_is_not_named() -> None:
+    def recipe(**spec: Any) -> dict[str, Any]:
+        return wanted("FineTune", **spec).spec.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    assert "augmentation" not in recipe()
+    assert "dropout" not in recipe()["hyperparameters"]
+    asked = recipe(augmentation={"noise": {"snrDbMin": 10}}, hyperparameters={"dropout": "0.1"})
+    assert list(asked["augmentation"]) == ["noise"]
+    assert asked["augmentation"]["noise"]["snrDbMin"] == 10
+    assert asked["hyperparameters"]["dropout"] == "0.1"
+
+
 def test_environment_of_the_pod_is_what_the_trainer_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     action = wanted("Dataset", sources=SOURCES)
     (container,) = build_job(action, SETTINGS)["spec"]["template"]["spec"]["containers"]

@@ -178,6 +178,34 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "a learning rate above 1": ("FineTune", "hyperparameters.learningRate", "1e1", "must be between 1e-9 and 1"),
     "a method that is not there yet": ("FineTune", "method", "Full", "Unsupported value"),
     "a warm-up longer than the run": ("FineTune", "hyperparameters.warmupRatio", "1.1", "must be between 0 and 1"),
+    "a dropout of the network of 1": ("FineTune", "hyperparameters.dropout", "1", "must be between 0 and 0.9"),
+    "an augmentation of nothing": ("FineTune", "augmentation", {}, "augmentation needs at least one of speed"),
+    "a slowest speed above the fastest": (
+        "FineTune", "augmentation", {"speed": {"min": "1.2"}}, "speed.min must be at most speed.max",
+    ),
+    "a loudest noise softer than the softest": (
+        "FineTune", "augmentation", {"noise": {"snrDbMin": 30}}, "noise.snrDbMin must be at most noise.snrDbMax",
+    ),
+    "noise of no kind": ("FineTune", "augmentation", {"noise": {"kinds": []}}, "noise needs kinds, or a uri"),
+    "noise from a model hub": ("FineTune", "augmentation", {"noise": {"uri": "hf://noise/fans"}}, "should match"),
+    "the same noise twice": (
+        "FineTune", "augmentation", {"noise": {"kinds": ["Pink", "Pink"]}}, "Duplicate value",
+    ),
+    "a driest room above the default wettest": (
+        "FineTune", "augmentation", {"roomImpulseResponse": {"rt60MinSeconds": "0.7"}}, "must be at most rt60MaxSecond",
+    ),
+    "rooms that are simulated and recorded": (
+        "FineTune", "augmentation", {"roomImpulseResponse": {"uri": "s3://rooms/a", "rt60MinSeconds": "0.2"}},
+        "takes a uri, or bounds of simulated rooms, not both",
+    ),
+    "no codec to pass": ("FineTune", "augmentation", {"codec": {"kinds": []}}, "should have at least 1 items"),
+    "an effect that never comes": (
+        "FineTune", "augmentation", {"codec": {"probability": "0"}}, "must be between 0.01 and 1",
+    ),
+    "masks of no kind": (
+        "FineTune", "augmentation", {"specAugment": {"timeMasks": 0, "frequencyMasks": 0}},
+        "specAugment needs timeMasks or frequencyMasks",
+    ),
     "no candidates": ("Evaluation", "candidates", [], "should have at least 1 items"),
     "nine candidates": (
         "Evaluation", "candidates", [{**CANDIDATE, "name": f"c{i}"} for i in range(9)], "must have at most 8 items",
@@ -285,6 +313,7 @@ UNCHANGEABLE = [
     ("FineTune", {"padding": "Window"}),
     ("FineTune", {"distributed": {"processesPerNode": 2}}),
     ("FineTune", {"earlyStopping": {"patience": 5}}),
+    ("FineTune", {"augmentation": {"speed": {}}}),
 ]
 
 

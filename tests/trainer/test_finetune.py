@@ -205,6 +205,43 @@ def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
     assert result.adapter_digest == whole.adapter_digest
 
 
+def test_a_run_that_hears_other_audio_in_each_epoch_goes_on_to_the_very_same_weights(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    s3_store: Store,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).uniform(-0.1, 0.1, 8000) * np.geomspace(1, 0.01, 8000)
+        soundfile.write(sounds / f"{number}.wav", noise, 16000)
+    uri = s3_store.upload_directory(sounds, f"{key_prefix}/sounds")
+    changes = {
+        "hyperparameters": {"dropout": "0.1"},
+        "augmentation": {
+            "speed": {"min": "0.8", "max": "1.2"},
+            "roomImpulseResponse": {"uri": uri},
+            "noise": {"kinds": ["White", "Pink", "Brown", "Babble"], "uri": uri, "probability": "0.9"},
+            "codec": {"probability": "0.9"},
+            "specAugment": {},
+        },
+    }
+    whole = run(make_context(recipe_for(f"{key_prefix}/whole", **changes), work_directory=tmp_path / "whole"))
+    assert whole.model_digest != uninterrupted[0].model_digest
+    assert whole.baseline_wer == uninterrupted[0].baseline_wer  # validation hears what was recorded
+    stop = threading.Event()
+    first = Watcher(whole.steps // 2 + 1, stop.set)  # in the second epoch
+    recipe = recipe_for(f"{key_prefix}/parts", **changes)
+    with pytest.raises(Terminated):
+        run(make_context(recipe, stop=stop, reporter=first, work_directory=tmp_path / "first"))
+    second, result = go_on(make_context, recipe, tmp_path / "second")
+    assert second.seen[0] == first.seen[-1] + 1
+    assert (result.model_digest, result.adapter_digest) == (whole.model_digest, whole.adapter_digest)
+
+
 def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_the_very_same_weights(
     uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
     recipe_for: Callable[..., dict[str, Any]],

@@ -1,8 +1,9 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -10,8 +11,9 @@ import pytest
 import soundfile
 import torch
 from attune.contract.exitcode import ExitCode
-from attune.contract.job import DatasetInput, PrepareRecipe, Split
-from attune.contract.training import EarlyStopping, Lora, Padding, Precision
+from attune.contract.job import DatasetInput, FinetuneRecipe, PrepareRecipe, Split
+from attune.contract.training import Augmentation, EarlyStopping, Lora, Padding, Precision
+from attune_trainer.augmentation.augmenter import Augmenter
 from attune_trainer.data.dataset import load_split
 from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure, StoreUnavailable
 from attune_trainer.job import RecipeContext
@@ -26,7 +28,7 @@ from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.events import EventReader, EventWriter, _cut
 from attune_trainer.training.launch import _check_exit_status, _environment, has_killed_child
-from attune_trainer.training.loader import BatchLoader
+from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.selection import judge_epoch
@@ -214,6 +216,35 @@ class TestAdapters:
             json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "s3://models/tiny"
         )
 
+    def test_dropout_acts_in_training_alone_and_is_not_saved(self, whisper: Whisper) -> None:
+        features = whisper.features([np.ones(8000, np.float32)], 2.0)
+        inputs = torch.tensor([whisper.prompt()])
+
+        def logits() -> torch.Tensor:
+            with torch.inference_mode():
+                found: torch.Tensor = whisper.model(input_features=features, decoder_input_ids=inputs).logits
+                return found
+
+        whisper.model.train()
+        before = logits()
+        assert torch.equal(logits(), before)  # this base has no dropout of its own
+        adapters.set_dropout(whisper, 0.3)
+        assert not torch.equal(logits(), logits())
+        # Hidden states of encoder, decoder and their 4 layers, activations of these, 6 attentions.
+        rates = [
+            getattr(module, name)
+            for module in whisper.model.modules()
+            for name in ("dropout", "activation_dropout")
+            if hasattr(module, name)
+        ]
+        assert rates == [0.3] * (2 + 4 + 4 + 6)
+        whisper.model.eval()
+        assert torch.equal(logits(), before)
+        assert whisper.config.dropout == whisper.config.attention_dropout == whisper.config.activation_dropout == 0
+        adapters.set_dropout(whisper, 0)
+        whisper.model.train()
+        assert torch.equal(logits(), before)
+
     def test_adapters_of_another_shape_are_not_taken(self, whisper: Whisper, tiny: Path, tmp_path: Path) -> None:
         file = tmp_path / "adapter.safetensors"
         adapters.save_adapter_state(adapters.adapter_state(adapters.attach_adapters(whisper, Lora(rank=4))), file)
@@ -245,6 +276,61 @@ class TestLoader:
         with pytest.raises(InvalidInput) as raised:
             list(again)
         assert raised.value.reason == "AudioDamaged"
+
+    def load(
+        self, whisper: Whisper, tmp_path: Path, batches: Sequence[Batch], augmentation: dict[str, Any] | None
+    ) -> list[TrainingBatch]:
+        utterances, loader = self.make(whisper, tmp_path, 9)
+        loader.close()
+        augmenter = augmentation and Augmenter(
+            Augmentation.model_validate(augmentation),
+            [one.seconds for one in utterances],
+            lambda position: read_samples(utterances[position]),
+            seed=7,
+            epoch=2,
+            window_seconds=whisper.window_seconds,
+        )
+        encoder = TranscriptEncoder(whisper, "en")
+        loaded = BatchLoader(whisper, encoder, utterances, batches, augmenter or None)
+        try:
+            return list(loaded)
+        finally:
+            loaded.close()
+
+    def test_what_an_epoch_does_to_audio_is_the_same_wherever_the_loader_begins(
+        self, whisper: Whisper, tmp_path: Path
+    ) -> None:
+        wanted = {"speed": {}, "noise": {"probability": "1"}, "codec": {}, "specAugment": {}}
+        batches = [Batch((0, 1, 2), 1.5), Batch((3, 4), 2.0), Batch((5, 6, 7, 8), 1.5)]
+        whole = self.load(whisper, tmp_path, batches, wanted)
+        rest = self.load(whisper, tmp_path, batches[1:], wanted)
+        for one, other in zip(whole[1:], rest, strict=True):
+            assert torch.equal(one.features, other.features)
+        plain = self.load(whisper, tmp_path, batches, None)
+        for one, other in zip(whole, plain, strict=True):
+            assert one.features.shape == other.features.shape
+            assert not torch.allclose(one.features, other.features, atol=0.1)
+            assert torch.equal(one.tokens.targets, other.tokens.targets)
+
+    def test_without_augmentation_features_are_those_of_what_was_recorded(
+        self, whisper: Whisper, tmp_path: Path
+    ) -> None:
+        (batch,) = self.load(whisper, tmp_path, [Batch((2, 5), 1.5)], None)
+        utterances, loader = self.make(whisper, tmp_path, 9)
+        loader.close()
+        recorded = [read_samples(utterances[position]) for position in (2, 5)]
+        assert torch.equal(batch.features, whisper.features(recorded, 1.5))
+        assert batch.seconds == pytest.approx(0.52 + 0.55)
+
+    def test_masks_are_seen_by_the_model_and_never_on_padding_alone(self, whisper: Whisper, tmp_path: Path) -> None:
+        batches = [Batch(tuple(range(9)), 1.5)]
+        masked, plain = (
+            self.load(whisper, tmp_path, batches, wanted)[0].features for wanted in ({"specAugment": {}}, None)
+        )
+        for position in range(9):
+            changed = (masked[position] != plain[position]).any(dim=0).nonzero()
+            assert len(changed)
+            assert int(changed.max()) < 50 + position
 
     def test_a_loader_that_is_closed_early_leaves_no_thread(self, whisper: Whisper, tmp_path: Path) -> None:
         _, loader = self.make(whisper, tmp_path, 9)
@@ -396,6 +482,48 @@ class TestInputs:
         assert not {one.text for one in train} & {one.text for one in apart}
         alone = finetune._utterances(context, datasets[:1], Split.TRAIN, (0.0, 1.0))
         assert len(alone) == prepared.splits.train.utterances == 24
+
+    def test_babble_needs_talkers(self, make_context: Callable[..., RecipeContext]) -> None:
+        context = make_context(bare_recipe(augmentation={"noise": {"kinds": ["White", "Babble"]}}))
+        assert isinstance(context.spec.recipe, FinetuneRecipe)
+        with pytest.raises(InvalidInput, match=r"noise\.kinds has Babble.*the train split has 3") as raised:
+            finetune._fetch_recordings(context.spec.recipe, context, 3)
+        assert raised.value.reason == "TooFewTalkers"
+        assert finetune._fetch_recordings(context.spec.recipe, context, 4) == ((), ())
+
+
+def bare_recipe(**changes: Any) -> dict[str, Any]:
+    recipe = {
+        "recipe": "finetune",
+        "base": {"uri": "s3://attune/base"},
+        "datasets": [{"name": "calls", "revision": "sha256:" + "0" * 64, "uri": "s3://attune/calls/0"}],
+        "modelId": "ft:tiny:abcdef",
+        "outputPrefix": "models",
+        "checkpointPrefix": "checkpoints",
+    }
+    return recipe | changes
+
+
+class TestFingerprint:
+    def of(self, recordings: Sequence[Path] = (), **changes: Any) -> str:
+        recipe = FinetuneRecipe.model_validate(bare_recipe(**changes))
+        return finetune._fingerprint_run(recipe, "sha256:" + "1" * 64, recordings)
+
+    def test_options_that_came_later_and_nobody_has_set_do_not_part_a_run_from_its_checkpoints(self) -> None:
+        assert self.of() == "788d7f6416fd6bcc72e5a6d1163b23113d9ed7dd6b5543f9e4a93ca80fb772a9"
+
+    def test_what_is_set_does(self) -> None:
+        speed = {"augmentation": {"speed": {}}}
+        marks = [
+            self.of(),
+            self.of(hyperparameters={"dropout": "0"}),
+            self.of(hyperparameters={"dropout": "0.1"}),
+            self.of(**speed),
+            self.of(augmentation={"speed": {"min": "0.8"}}),
+            self.of([Path("fan.flac")], **speed),
+            self.of([Path("street.flac")], **speed),
+        ]
+        assert len(set(marks)) == len(marks)
 
 
 class TestProcesses:

@@ -17,6 +17,9 @@ from attune.api.meta import (
 )
 from attune.contract.base import DecimalString, Uri
 from attune.contract.training import (
+    RT60_MAX_SECONDS,
+    RT60_MIN_SECONDS,
+    Augmentation,
     Checkpointing,
     Distributed,
     EarlyStopping,
@@ -24,6 +27,52 @@ from attune.contract.training import (
     Lora,
     Method,
     Padding,
+)
+
+# What the models of the contract check as well; their messages name the field as a person wrote it.
+_AUGMENTATION_RULES = cel(
+    (
+        (
+            "has(self.speed) || has(self.roomImpulseResponse) || has(self.noise) || has(self.codec) || "
+            "has(self.specAugment)"
+        ),
+        "augmentation needs at least one of speed, roomImpulseResponse, noise, codec and specAugment",
+    ),
+    (
+        "!has(self.speed) || double(self.speed.min) <= double(self.speed.max)",
+        "speed.min must be at most speed.max",
+    ),
+    (
+        "!has(self.noise) || self.noise.snrDbMin <= self.noise.snrDbMax",
+        "noise.snrDbMin must be at most noise.snrDbMax",
+    ),
+    (
+        "!has(self.noise) || size(self.noise.kinds) > 0 || has(self.noise.uri)",
+        "noise needs kinds, or a uri with recordings",
+    ),
+    (
+        (
+            "!has(self.roomImpulseResponse) || (has(self.roomImpulseResponse.rt60MinSeconds) ? "
+            f"double(self.roomImpulseResponse.rt60MinSeconds) : {RT60_MIN_SECONDS}) <= "
+            "(has(self.roomImpulseResponse.rt60MaxSeconds) ? "
+            f"double(self.roomImpulseResponse.rt60MaxSeconds) : {RT60_MAX_SECONDS})"
+        ),
+        (
+            f"roomImpulseResponse.rt60MinSeconds ({RT60_MIN_SECONDS} where absent) must be at most rt60MaxSeconds "
+            f"({RT60_MAX_SECONDS} where absent)"
+        ),
+    ),
+    (
+        (
+            "!has(self.roomImpulseResponse) || !has(self.roomImpulseResponse.uri) || "
+            "(!has(self.roomImpulseResponse.rt60MinSeconds) && !has(self.roomImpulseResponse.rt60MaxSeconds))"
+        ),
+        "roomImpulseResponse takes a uri, or bounds of simulated rooms, not both",
+    ),
+    (
+        "!has(self.specAugment) || self.specAugment.timeMasks + self.specAugment.frequencyMasks > 0",
+        "specAugment needs timeMasks or frequencyMasks",
+    ),
 )
 
 
@@ -44,7 +93,14 @@ class FineTuneSpec(SpecModel):
                     "(!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping)"
                 ),
                 "earlyStopping is immutable: create a new resource instead",
-            )
+            ),
+            (
+                (
+                    "has(self.augmentation) == has(oldSelf.augmentation) && "
+                    "(!has(self.augmentation) || self.augmentation == oldSelf.augmentation)"
+                ),
+                "augmentation is immutable: create a new resource instead",
+            ),
         )
     )
 
@@ -72,6 +128,13 @@ class FineTuneSpec(SpecModel):
     early_stopping: EarlyStopping | None = Field(
         default=None,
         description="Ends the run when validation WER no longer falls.",
+    )
+    augmentation: Augmentation | None = Field(
+        default=None,
+        description=(
+            "Changes training audio anew in each epoch, in the order of its fields; validation hears what was recorded."
+        ),
+        json_schema_extra=_AUGMENTATION_RULES,
     )
     distributed: Distributed = Field(
         default_factory=Distributed, description="Processes that train together.", json_schema_extra=cel(IMMUTABLE)

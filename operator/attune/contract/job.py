@@ -8,6 +8,7 @@ from pydantic import Field
 from attune.contract.base import ContractModel, DecimalString
 from attune.contract.measures import Gate, Metric
 from attune.contract.training import (
+    Augmentation,
     Checkpointing,
     Distributed,
     EarlyStopping,
@@ -100,6 +101,7 @@ class FinetuneRecipe(ContractModel):
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     padding: Padding = Padding.BUCKETS
     early_stopping: EarlyStopping | None = None
+    augmentation: Augmentation | None = None
     checkpoint: Checkpointing = Field(default_factory=Checkpointing)
     distributed: Distributed = Field(default_factory=Distributed)
     model_id: str  # ft:<base>:<six hexadecimal digits>

@@ -1,11 +1,12 @@
 """Parameters of a training run: part of the FineTune API and of the Job alike."""
 
+from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from attune.contract.base import ContractModel, DecimalString, ScientificString, between
+from attune.contract.base import ContractModel, DecimalString, S3Uri, ScientificString, between
 
 
 class Method(StrEnum):
@@ -64,6 +65,170 @@ class Hyperparameters(ContractModel):
     )
     precision: Precision = Field(default=Precision.AUTO, description="Auto, Bf16 or Fp32.")
     seed: int = Field(default=7, ge=0, le=2147483647, description="Seed of everything that is drawn.")
+    dropout: Annotated[DecimalString, between("0", "0.9")] | None = Field(
+        default=None,
+        description=(
+            "Dropout of the base network while it trains, 0 to 0.9: of hidden states, attention weights and "
+            "feed-forward activations; the base model's own where absent."
+        ),
+    )
+
+
+class NoiseKind(StrEnum):
+    """Noise that is made, not recorded: of a colour, or other training utterances that speak at once."""
+
+    WHITE = "White"
+    PINK = "Pink"
+    BROWN = "Brown"
+    BABBLE = "Babble"
+
+
+class CodecKind(StrEnum):
+    """A telephone or network codec."""
+
+    GSM = "Gsm"
+    MULAW = "Mulaw"
+    OPUS = "Opus"
+
+
+# Of simulated rooms; where absent they are no defaults of the API, because they have no meaning beside a uri.
+RT60_MIN_SECONDS: Final = "0.15"
+RT60_MAX_SECONDS: Final = "0.6"
+
+_Probability = Annotated[DecimalString, between("0.01", "1")]
+_PROBABILITY: Final = "Share of utterances, drawn anew each epoch."
+
+
+class Speed(ContractModel):
+    """Utterances played faster or slower; pitch changes with the tempo."""
+
+    min: Annotated[DecimalString, between("0.5", "2")] = Field(
+        default="0.9", description="Slowest: 0.9 makes 10 s into 11.1 s. Never slower than the model's window allows."
+    )
+    max: Annotated[DecimalString, between("0.5", "2")] = Field(default="1.1", description="Fastest.")
+    probability: _Probability = Field(default="1", description=_PROBABILITY)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if Decimal(self.min) > Decimal(self.max):
+            raise ValueError("speed.min must be at most speed.max")
+        return self
+
+
+class Noise(ContractModel):
+    """Noise mixed into utterances, its level drawn anew each time."""
+
+    snr_db_min: int = Field(default=5, ge=-20, le=60, description="Loudest noise: signal-to-noise ratio in dB.")
+    snr_db_max: int = Field(default=25, ge=-20, le=60, description="Softest noise: signal-to-noise ratio in dB.")
+    kinds: Annotated[list[NoiseKind], Field(max_length=4)] = Field(
+        default=[NoiseKind.WHITE, NoiseKind.PINK, NoiseKind.BROWN],
+        description="White, Pink (-3 dB an octave), Brown (-6 dB), Babble (other training utterances at once).",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    uri: S3Uri | None = Field(
+        default=None,
+        description=(
+            "Own recordings of noise, s3://bucket/prefix in the namespace's store: one more kind, or with kinds [] the "
+            "only one. Each at most 10 minutes; in all at most 10000 files, 2 GiB and 10 hours."
+        ),
+    )
+    probability: _Probability = Field(default="0.5", description=_PROBABILITY)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.snr_db_min > self.snr_db_max:
+            raise ValueError("noise.snrDbMin must be at most noise.snrDbMax")
+        if not self.kinds and self.uri is None:
+            raise ValueError("noise needs kinds, or a uri with recordings")
+        return self
+
+
+class RoomImpulseResponse(ContractModel):
+    """Utterances heard in a room: a simulated one, or one whose impulse response was recorded."""
+
+    rt60_min_seconds: Annotated[DecimalString, between("0.05", "3")] | None = Field(
+        default=None,
+        description=f"Driest simulated room: seconds in which an echo falls by 60 dB; {RT60_MIN_SECONDS} where absent.",
+    )
+    rt60_max_seconds: Annotated[DecimalString, between("0.05", "3")] | None = Field(
+        default=None, description=f"Most reverberant simulated room; {RT60_MAX_SECONDS} where absent."
+    )
+    uri: S3Uri | None = Field(
+        default=None,
+        description=(
+            "Own impulse responses instead of simulated rooms, s3://bucket/prefix in the namespace's store. Each at "
+            "most 10 s; in all at most 10000 files, 2 GiB and 10 hours."
+        ),
+    )
+    probability: _Probability = Field(default="0.5", description=_PROBABILITY)
+
+    @property
+    def rt60_seconds(self) -> tuple[float, float]:
+        """The bounds of simulated rooms."""
+        return float(self.rt60_min_seconds or RT60_MIN_SECONDS), float(self.rt60_max_seconds or RT60_MAX_SECONDS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.rt60_seconds
+        if low > high:
+            raise ValueError(
+                f"roomImpulseResponse.rt60MinSeconds ({RT60_MIN_SECONDS} where absent) must be at most "
+                f"rt60MaxSeconds ({RT60_MAX_SECONDS} where absent)"
+            )
+        if self.uri is not None and (self.rt60_min_seconds or self.rt60_max_seconds):
+            raise ValueError("roomImpulseResponse takes a uri, or bounds of simulated rooms, not both")
+        return self
+
+
+class Codec(ContractModel):
+    """Utterances sent through a codec and back."""
+
+    kinds: Annotated[list[CodecKind], Field(min_length=1, max_length=3)] = Field(
+        default=[CodecKind.GSM, CodecKind.MULAW, CodecKind.OPUS],
+        description="Gsm (06.10 full rate) and Mulaw (G.711), both at 8 kHz; Opus at a rate from 6 to 16 kbit/s.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    probability: _Probability = Field(default="0.5", description=_PROBABILITY)
+
+
+class SpecAugment(ContractModel):
+    """Stretches of time and bands of frequency blanked out in the log-mel features (Park et al., arXiv 1904.08779)."""
+
+    time_masks: int = Field(default=2, ge=0, le=16, description="Stretches of time in an utterance.")
+    time_mask_seconds: Annotated[DecimalString, between("0.01", "5")] = Field(
+        default="0.4", description="Longest stretch."
+    )
+    time_mask_share: Annotated[DecimalString, between("0.01", "0.9")] = Field(
+        default="0.15", description="Longest stretch as a share of the utterance, for short ones."
+    )
+    frequency_masks: int = Field(default=2, ge=0, le=16, description="Bands of frequency in an utterance.")
+    frequency_mask_share: Annotated[DecimalString, between("0.01", "0.9")] = Field(
+        default="0.2", description="Widest band as a share of the mel bins."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.time_masks and not self.frequency_masks:
+            raise ValueError("specAugment needs timeMasks or frequencyMasks")
+        return self
+
+
+class Augmentation(ContractModel):
+    """What is done to training audio, in this order; validation always hears what was recorded. All off by default."""
+
+    speed: Speed | None = Field(default=None, description="Plays utterances faster or slower.")
+    room_impulse_response: RoomImpulseResponse | None = Field(default=None, description="Lets them sound in rooms.")
+    noise: Noise | None = Field(default=None, description="Mixes noise into them.")
+    codec: Codec | None = Field(default=None, description="Sends them through codecs.")
+    spec_augment: SpecAugment | None = Field(default=None, description="Blanks out parts of their log-mel features.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if all(effect is None for _, effect in self):
+            raise ValueError(
+                "augmentation needs at least one of speed, roomImpulseResponse, noise, codec and specAugment"
+            )
+        return self
 
 
 class EarlyStopping(ContractModel):

@@ -154,6 +154,7 @@ def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> 
         hyperparameters=spec.hyperparameters,
         padding=spec.padding,
         early_stopping=spec.early_stopping,
+        augmentation=spec.augmentation,
         distributed=spec.distributed,
         model_id="",
         output_prefix="",

@@ -9,7 +9,10 @@ from typing import Any
 
 from attune.contract.job import DatasetInput, FinetuneRecipe, Split
 from attune.contract.result import FinetuneResult
+from attune.contract.training import NoiseKind
 
+from attune_trainer.augmentation.augmenter import TALKERS
+from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
 from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
@@ -109,16 +112,8 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         raise InvalidInput("MixedLanguages", message)
     train = _utterances(context, recipe.datasets, Split.TRAIN, (3.0, 8.0))
     validation = _utterances(context, recipe.datasets, Split.VALIDATION, (8.0, 9.0))
-    mark = fingerprint(
-        base_digest,
-        *(dataset.revision for dataset in recipe.datasets),
-        *(
-            part.model_dump_json()
-            for part in (recipe.lora, recipe.hyperparameters, recipe.distributed, recipe.early_stopping)
-            if part is not None
-        ),
-        recipe.padding,
-    )
+    noises, rooms = _fetch_recordings(recipe, context, len(train))
+    mark = _fingerprint_run(recipe, base_digest, (*noises, *rooms))
     resume = checkpoints.download_newest(store, recipe.checkpoint_prefix, context.directory("resume"), mark)
     # An attempt of the same pod that died may have left some.
     shutil.rmtree(context.directory("checkpoints"))
@@ -140,8 +135,63 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         resume=resume,
         output=context.directory("output"),
         stop_file=stop_file,
+        augmentation=recipe.augmentation,
+        noises=noises,
+        rooms=rooms,
     )
     return settings, base_digest
+
+
+def _fingerprint_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path]) -> str:
+    """Gives what must be the same for a checkpoint to be continued; options that nobody has set change nothing."""
+    parts = (recipe.lora, recipe.hyperparameters, recipe.distributed, recipe.early_stopping, recipe.augmentation)
+    return fingerprint(
+        base_digest,
+        *(dataset.revision for dataset in recipe.datasets),
+        *(part.model_dump_json(exclude_none=True) for part in parts if part is not None),
+        recipe.padding,
+        *(file.stem for file in recordings),
+    )
+
+
+def _fetch_recordings(
+    recipe: FinetuneRecipe, context: RecipeContext, utterances: int
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Downloads own noises and impulse responses; checks that babble has talkers.
+
+    Raises:
+        RecipeFailure: TooFewTalkers, and as for fetch_recordings.
+    """
+    noises: tuple[Path, ...] = ()
+    rooms: tuple[Path, ...] = ()
+    if recipe.augmentation is None:
+        return noises, rooms
+    noise, room = recipe.augmentation.noise, recipe.augmentation.room_impulse_response
+    if noise is not None and NoiseKind.BABBLE in noise.kinds and utterances <= TALKERS[0]:
+        message = (
+            f"spec.augmentation.noise.kinds has Babble, which lets {TALKERS[0]} or more other training utterances "
+            f"speak at once, but the train split has {utterances}; leave Babble out, or give the Dataset more audio"
+        )
+        raise InvalidInput("TooFewTalkers", message)
+    if noise is not None and noise.uri is not None:
+        noises = fetch_recordings(
+            context.store,
+            noise.uri,
+            context.directory("noises"),
+            field="spec.augmentation.noise.uri",
+            longest_seconds=LONGEST_NOISE_SECONDS,
+            raise_if_stopped=context.raise_if_stopped,
+        )
+    if room is not None and room.uri is not None:
+        rooms = fetch_recordings(
+            context.store,
+            room.uri,
+            context.directory("rooms"),
+            field="spec.augmentation.roomImpulseResponse.uri",
+            longest_seconds=LONGEST_ROOM_SECONDS,
+            raise_if_stopped=context.raise_if_stopped,
+        )
+    return noises, rooms
 
 
 def _utterances(

@@ -19,6 +19,17 @@ from attune_trainer.modeling.whisper import LINEAR_LAYERS, Whisper
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
+def set_dropout(whisper: Whisper, share: float) -> None:
+    """Sets the dropout of hidden states, attention weights and feed-forward activations, for training alone.
+
+    The configuration, which is saved with the tuned model, keeps the base's.
+    """
+    for module in whisper.model.modules():
+        for name in ("dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), (int, float)):
+                setattr(module, name, share)
+
+
 def attach_adapters(whisper: Whisper, lora: Lora) -> PeftModel:
     """Puts adapters on every linear layer of encoder and decoder; all other weights are frozen.
 

@@ -3,7 +3,15 @@
 import hashlib
 from pathlib import Path
 
-from attune.contract.training import Checkpointing, Distributed, EarlyStopping, Hyperparameters, Lora, Padding
+from attune.contract.training import (
+    Augmentation,
+    Checkpointing,
+    Distributed,
+    EarlyStopping,
+    Hyperparameters,
+    Lora,
+    Padding,
+)
 from pydantic import BaseModel, ConfigDict
 
 
@@ -45,6 +53,9 @@ class TrainingSettings(BaseModel):
     resume: Path | None  # a verified checkpoint to go on from
     output: Path  # gets merged/ and adapter/
     stop_file: Path  # exists once the run is to end after the current step
+    augmentation: Augmentation | None = None
+    noises: tuple[Path, ...] = ()  # own recordings for augmentation, mono at 16 kHz
+    rooms: tuple[Path, ...] = ()  # own impulse responses, likewise
 
 
 def fingerprint(*parts: str) -> str:

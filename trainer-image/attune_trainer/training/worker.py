@@ -21,6 +21,7 @@ from attune.contract.exitcode import ExitCode
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from attune_trainer.augmentation.augmenter import Augmenter
 from attune_trainer.failures import InvalidInput, RecipeFailure, from_exception
 from attune_trainer.logs import configure_logging
 from attune_trainer.modeling.artifact import read_artifact
@@ -95,6 +96,8 @@ class Training:
             language=encoder.language,
         )
         self._recognizer = Recognizer(self._whisper, self._artifact)
+        if self._parameters.dropout is not None:
+            adapters.set_dropout(self._whisper, float(self._parameters.dropout))
         self._model = adapters.attach_adapters(self._whisper, settings.lora)
         torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
         self._plans = self._plan()
@@ -125,11 +128,30 @@ class Training:
             _log.warning("utterances left out: too long for the model", extra={"count": left_out})
         return kept
 
+    def _augmenter(self, epoch: int) -> Augmenter | None:
+        settings = self._settings
+        if settings.augmentation is None:
+            return None
+        return Augmenter(
+            settings.augmentation,
+            [one.seconds for one in self._train],
+            lambda position: read_samples(self._train[position]),
+            seed=self._parameters.seed,
+            epoch=epoch,
+            window_seconds=self._whisper.window_seconds,
+            noises=settings.noises,
+            rooms=settings.rooms,
+        )
+
+    def _seconds(self, augmenter: Augmenter | None) -> list[float]:
+        """Gives each utterance's duration as it is heard: an augmenter may change its speed."""
+        return [one.seconds for one in self._train] if augmenter is None else augmenter.seconds
+
     def _plan(self) -> list[list[tuple[Batch, ...]]]:
         buckets = self._recognizer.buckets
         return [
             plan_epoch(
-                [one.seconds for one in self._train],
+                self._seconds(self._augmenter(epoch)),
                 buckets,
                 batch_size=self._parameters.batch_size,
                 max_batch_seconds=self._parameters.max_batch_seconds,
@@ -176,7 +198,10 @@ class Training:
     def _train_epoch(self) -> None:
         state = self._state
         steps = self._plans[state.epoch][state.step_in_epoch :]
-        loader = BatchLoader(self._whisper, self._encoder, self._train, [step[self._rank] for step in steps])
+        augmenter = self._augmenter(state.epoch)
+        seconds = self._seconds(augmenter)
+        batches = [step[self._rank] for step in steps]
+        loader = BatchLoader(self._whisper, self._encoder, self._train, batches, augmenter)
         self._tell_stage("Training", step=state.step, total_steps=self._total_steps)
         self._engine.train()
         try:
@@ -184,7 +209,7 @@ class Training:
             for planned, batch in zip(steps, loader, strict=True):
                 loss, stop = self._train_step(batch)
                 now = time.monotonic()
-                step_audio = sum(self._train[index].seconds for one in planned for index in one.members)
+                step_audio = sum(seconds[index] for one in planned for index in one.members)
                 self._advance(step_audio, now - began)
                 began = now
                 self._report_step(loss)
