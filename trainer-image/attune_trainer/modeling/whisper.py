@@ -29,7 +29,7 @@ disable_progress_bar()
 
 SAMPLE_RATE: Final = 16000  # Hz
 ARCHITECTURES: Final = ("WhisperForConditionalGeneration",)
-# The linear layers of every block in encoder and decoder; adapters go on all of them.
+# The linear layers of every block in encoder and decoder.
 LINEAR_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -89,6 +89,11 @@ class Whisper:
         """Whether the decoder is told a language and a task."""
         stated = getattr(self.generation, "is_multilingual", None)
         return bool(getattr(self.generation, "lang_to_id", None)) if stated is None else bool(stated)
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Names of the layers that adapters can go on, the same in every block."""
+        return LINEAR_LAYERS
 
     def languages(self) -> dict[str, int]:
         """Gives the token id of each language by its ISO code; nothing where the model knows only one."""
@@ -216,6 +221,8 @@ def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.
         raise InvalidInput("InvalidModelFile", message)
     # The encoders differ in their forward alone; the outer class stays transformers' own, whose name is saved with it.
     model.model.encoder.__class__ = SlicedWhisperEncoder
+    # Sinusoids, which are no weights: short clips would bend only the first of them.
+    model.model.encoder.embed_positions.requires_grad_(False)  # noqa: FBT003 (torch's own)
     return Whisper(model=model.to(device).eval(), tokenizer=tokenizer, extractor=extractor)
 
 

@@ -20,17 +20,17 @@ _AHEAD: Final = 4
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What one optimiser step of one process works on.
+    """What one process works on at a time: a step's work, or a part of it where gradients accumulate.
 
     Attributes:
         features: log-mel, shape (utterances, mels, frames).
         tokens: decoder inputs and targets.
-        seconds: audio without padding.
+        bucket: seconds that each utterance is padded to.
     """
 
     features: Tensor
     tokens: TokenBatch
-    seconds: float
+    bucket: float
 
 
 class BatchLoader:
@@ -93,7 +93,7 @@ class BatchLoader:
         return TrainingBatch(
             features=self._whisper.features(audio, batch.bucket),
             tokens=tokens,
-            seconds=sum(one.seconds for one in members),
+            bucket=batch.bucket,
         )
 
 
