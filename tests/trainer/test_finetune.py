@@ -131,12 +131,6 @@ class Watcher(ProgressReporter):
                 self._act()
 
 
-def kill_worker() -> None:
-    for child in psutil.Process().children(recursive=True):
-        if "attune_trainer.training.worker" in child.cmdline() and "launch" not in " ".join(child.cmdline()):
-            os.kill(child.pid, signal.SIGKILL)
-
-
 def go_on(make_context: MakeContext, recipe: dict[str, Any], work_directory: Path) -> tuple[Watcher, FinetuneResult]:
     """Runs a second attempt, in another pod, to its end; gives the steps that it trained, and its result."""
     watcher = Watcher(10**9, lambda: None)
@@ -223,6 +217,11 @@ def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_t
     key_prefix: str,
     tmp_path: Path,
 ) -> None:
+    def kill_worker() -> None:
+        for child in psutil.Process().children(recursive=True):
+            if "attune_trainer.training.worker" in child.cmdline() and "launch" not in " ".join(child.cmdline()):
+                os.kill(child.pid, signal.SIGKILL)
+
     first = Watcher(7, kill_worker)
     with pytest.raises(OutOfMemory, match="maxBatchSeconds"):
         run(make_context(recipe_for(key_prefix), reporter=first, work_directory=tmp_path / "first"))
@@ -376,24 +375,52 @@ def test_two_processes_that_share_a_run_out_learn_what_one_with_both_their_batch
         np.testing.assert_allclose(value, whole[name], atol=2e-4)
 
 
-def test_a_run_of_all_weights_whose_process_was_killed_goes_on_to_the_very_same_weights(
+def test_a_run_of_all_weights_goes_on_from_a_checkpoint_to_the_very_same_weights(
     recipe_for: Callable[..., dict[str, Any]],
     make_context: MakeContext,
     s3_store: Store,
     key_prefix: str,
     tmp_path: Path,
 ) -> None:
-    changes = {"method": "Full", "lora": {}, "hyperparameters": {"learningRate": "5e-4", "epochs": 1}}
-    whole = run(make_context(recipe_for(f"{key_prefix}/whole", **changes), work_directory=tmp_path / "whole"))
+    recipe = recipe_for(
+        key_prefix,
+        method="Full",
+        lora={},
+        hyperparameters={"learningRate": "5e-4", "epochs": 1},
+        checkpoint={"everySteps": 2, "keep": 20},
+    )
+    context = make_context(recipe, work_directory=tmp_path / "first")
+    assert isinstance(context.spec.recipe, FinetuneRecipe)
+    whole = finetune.run(context.spec.recipe, context)
     assert (whole.adapter_uri, whole.adapter_digest) == (None, None)
-    first = Watcher(5, kill_worker)
-    with pytest.raises(OutOfMemory, match="maxBatchSeconds"):
-        run(make_context(recipe_for(key_prefix, **changes), reporter=first, work_directory=tmp_path / "first"))
-    assert any(key.endswith("seal.json") for key in s3_store.list(f"{key_prefix}/checkpoints/"))
-    second, result = go_on(make_context, recipe_for(key_prefix, **changes), tmp_path / "second")
-    assert second.seen[0] > 1
-    assert result.model_digest == whole.model_digest
-    assert result.wer == whole.wer
+    # As if it had been lost after its first checkpoint.
+    prefix = f"{key_prefix}/checkpoints/"
+    for key in s3_store.list(prefix):
+        if not key.startswith(f"{prefix}{checkpoints.folder_name(2, 0)}/"):
+            s3_store.delete(key)
+    second, result = go_on(make_context, recipe, tmp_path / "second")
+    assert second.seen[0] == 3
+    assert (result.model_digest, result.wer) == (whole.model_digest, whole.wer)
+
+
+def test_a_run_beside_weights_of_4_bits_publishes_a_model_of_full_precision_and_its_adapter(
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    s3_store: Store,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    watcher = Watcher(10**9, lambda: None)
+    result = run(make_context(recipe_for(key_prefix, method="QLora"), reporter=watcher))
+    assert np.mean([watcher.losses[step] for step in watcher.seen[-3:]]) < watcher.losses[1]
+    assert result.adapter_uri is not None
+    s3_store.download_prefix(result.model_uri, tmp_path / "merged")
+    s3_store.download_prefix(result.adapter_uri, tmp_path / "adapter")
+    assert result.model_digest == digest_directory(tmp_path / "merged")
+    assert result.adapter_digest == digest_directory(tmp_path / "adapter")
+    assert {value.dtype for value in load_file(tmp_path / "merged" / "model.safetensors").values()} == {np.float32}
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(np.abs(value).max() > 0 for value in adapter.values())
 
 
 def test_a_loss_that_is_no_number_ends_the_run_names_the_step_and_leaves_the_last_good_checkpoint(
