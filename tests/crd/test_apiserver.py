@@ -52,7 +52,10 @@ def build(kind: str, spec: dict[str, Any] | None = None, name: str = "one") -> d
 
 
 def change(obj: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Sets spec.<path> to value; steps are names and indexes, value ... deletes."""
+    """Sets spec.<path> to value; steps are names and indexes, value ... deletes, and no path adds fields to spec."""
+    if not path:
+        obj["spec"] |= value
+        return obj
     *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
     place = obj["spec"]
     for step in steps:
@@ -122,6 +125,7 @@ IMMUTABLE = "is immutable: create a new resource instead"
 ONE_MODEL = "exactly one of model and fineTuneRef must be given"
 ONE_SOURCE = "exactly one of uri and fineTuneRef must be given"
 RISING = "weights must rise from step to step"
+NO_ADAPTERS = "method Full trains all weights and has no adapters: remove lora"
 CANDIDATE = {"name": "base", "model": {"uri": "s3://models/a"}}
 
 REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
@@ -176,7 +180,27 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "a dropout of 1": ("FineTune", "lora.dropout", "1", "must be between 0 and 0.9"),
     "a learning rate of 0": ("FineTune", "hyperparameters.learningRate", "0", "must be between 1e-9 and 1"),
     "a learning rate above 1": ("FineTune", "hyperparameters.learningRate", "1e1", "must be between 1e-9 and 1"),
-    "a method that is not there yet": ("FineTune", "method", "Full", "Unsupported value"),
+    "a method that does not exist": ("FineTune", "method", "PrefixTuning", "Unsupported value"),
+    "all weights with adapters": ("FineTune", "", {"method": "Full", "lora": {"rank": 8}}, NO_ADAPTERS),
+    "all weights with adapters of a kind": (
+        "FineTune", "", {"method": "Full", "lora": {"variant": "Dora"}}, NO_ADAPTERS,
+    ),
+    "4-bit weights that processes share out": (
+        "FineTune", "", {"method": "QLora", "distributed": {"deepspeed": {"zeroStage": 3}}},
+        "method QLora keeps its 4-bit weights whole in every process: zeroStage must be 2 or less",
+    ),
+    "Fp16 with an optimiser that is shared out": (
+        "FineTune", "",
+        {"hyperparameters": {"precision": "Fp16"}, "distributed": {"deepspeed": {"zeroStage": 1}}},
+        "precision Fp16 works with zeroStage 0 only: choose Bf16, or leave zeroStage out",
+    ),
+    "a variant that does not exist": ("FineTune", "lora.variant", "AdaLora", "Unsupported value"),
+    "a layer twice": ("FineTune", "lora.targetModules", ["fc1", "fc1"], "Duplicate value"),
+    "a layer by its path": ("FineTune", "lora.targetModules", ["encoder.fc1"], "should match"),
+    "no layers": ("FineTune", "lora.targetModules", [], "should have at least 1 items"),
+    "no gradients to a step": (
+        "FineTune", "hyperparameters.gradientAccumulation", 0, "greater than or equal to 1",
+    ),
     "a warm-up longer than the run": ("FineTune", "hyperparameters.warmupRatio", "1.1", "must be between 0 and 1"),
     "a dropout of the network of 1": ("FineTune", "hyperparameters.dropout", "1", "must be between 0 and 0.9"),
     "an augmentation of nothing": ("FineTune", "augmentation", {}, "augmentation needs at least one of speed"),
@@ -309,6 +333,8 @@ UNCHANGEABLE = [
     ("FineTune", {"baseModel": {"uri": "s3://models/other"}}),
     ("FineTune", {"datasets": [{"name": "other"}]}),
     ("FineTune", {"lora": {"rank": 8}}),
+    ("FineTune", {"lora": {"variant": "RsLora"}}),
+    ("FineTune", {"method": "QLora"}),
     ("FineTune", {"hyperparameters": {"epochs": 9}}),
     ("FineTune", {"padding": "Window"}),
     ("FineTune", {"distributed": {"processesPerNode": 2}}),
@@ -319,7 +345,7 @@ UNCHANGEABLE = [
 
 @pytest.mark.parametrize(("kind", "patch"), UNCHANGEABLE)
 def test_what_a_result_was_made_from_never_changes(api: Api, kind: str, patch: dict[str, Any]) -> None:
-    obj = build(kind, name=f"fixed-{'-'.join(patch).lower()}")
+    obj = build(kind, name=f"fixed-{UNCHANGEABLE.index((kind, patch))}")
     assert api.create(obj, dry_run=False).status == 201
     answer = api.merge(kind, obj["metadata"]["name"], {"spec": patch})
     assert answer.status == 422

@@ -27,6 +27,14 @@ from attune.contract.training import (
     Lora,
     Method,
     Padding,
+    Precision,
+)
+
+_LORA = Lora()
+# Defaults are filled in before rules are checked, so lora is there whatever the method is.
+_LORA_UNTOUCHED = (
+    f"self.lora.rank == {_LORA.rank} && self.lora.alpha == {_LORA.alpha} && self.lora.dropout == '{_LORA.dropout}' "
+    "&& !has(self.lora.variant) && !has(self.lora.targetModules)"
 )
 
 # What the models of the contract check as well; their messages name the field as a person wrote it.
@@ -101,6 +109,18 @@ class FineTuneSpec(SpecModel):
                 ),
                 "augmentation is immutable: create a new resource instead",
             ),
+            (
+                f"self.method != '{Method.FULL}' || ({_LORA_UNTOUCHED})",
+                "method Full trains all weights and has no adapters: remove lora",
+            ),
+            (
+                f"self.method != '{Method.QLORA}' || self.distributed.deepspeed.zeroStage < 3",
+                "method QLora keeps its 4-bit weights whole in every process: zeroStage must be 2 or less",
+            ),
+            (
+                f"self.hyperparameters.precision != '{Precision.FP16}' || self.distributed.deepspeed.zeroStage == 0",
+                "precision Fp16 works with zeroStage 0 only: choose Bf16, or leave zeroStage out",
+            ),
         )
     )
 
@@ -114,9 +134,16 @@ class FineTuneSpec(SpecModel):
         },
     )
     method: Method = Field(
-        default=Method.LORA, description="How weights are adapted: Lora.", json_schema_extra=cel(IMMUTABLE)
+        default=Method.LORA,
+        description=(
+            "What is trained: Lora, adapters beside frozen weights; QLora, the same beside weights rounded to 4 bits; "
+            "Full, every weight."
+        ),
+        json_schema_extra=cel(IMMUTABLE),
     )
-    lora: Lora = Field(default_factory=Lora, description="Adapters' shape.", json_schema_extra=cel(IMMUTABLE))
+    lora: Lora = Field(
+        default_factory=Lora, description="Adapters' shape, of Lora and QLora.", json_schema_extra=cel(IMMUTABLE)
+    )
     hyperparameters: Hyperparameters = Field(
         default_factory=Hyperparameters, description="The optimiser's run.", json_schema_extra=cel(IMMUTABLE)
     )
@@ -171,10 +198,12 @@ class ProgressStatus(StatusModel):
 class ModelStatus(StatusModel):
     """What the run made."""
 
-    uri: str = Field(max_length=1024, description="Folder of the merged model.")
-    digest: str = Field(max_length=71, description="Digest of the merged model's files.")
-    adapter_uri: str = Field(max_length=1024, description="Folder of the adapter.")
-    adapter_digest: str = Field(max_length=71, description="Digest of the adapter's files.")
+    uri: str = Field(max_length=1024, description="Folder of the model, adapters merged.")
+    digest: str = Field(max_length=71, description="Digest of the model's files.")
+    adapter_uri: str | None = Field(
+        default=None, max_length=1024, description="Folder of the adapter; absent where all weights were trained."
+    )
+    adapter_digest: str | None = Field(default=None, max_length=71, description="Digest of the adapter's files.")
     padding: Padding = Field(description="How the model wants its audio padded.")
 
 

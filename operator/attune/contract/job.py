@@ -91,7 +91,7 @@ class ModelInput(ContractModel):
 
 
 class FinetuneRecipe(ContractModel):
-    """Base model + training splits -> adapter and merged model."""
+    """Base model + training splits -> a model, and the adapter that makes it of the base where there is one."""
 
     recipe: Literal["finetune"] = "finetune"
     base: ModelInput

@@ -78,14 +78,17 @@ class PrepareResult(ContractModel):
 
 
 class FinetuneResult(ContractModel):
-    """What came out of finetune. WERs are of the validation split, in the serving configuration, as fractions."""
+    """What came out of finetune. WERs are of the validation split, in the serving configuration, as fractions.
+
+    There is no adapter where all weights were trained.
+    """
 
     recipe: Literal["finetune"] = "finetune"
     model_id: str
     model_uri: str
     model_digest: str
-    adapter_uri: str
-    adapter_digest: str
+    adapter_uri: str | None = None
+    adapter_digest: str | None = None
     base_digest: str
     padding: Padding
     baseline_wer: DecimalString

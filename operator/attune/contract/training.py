@@ -10,9 +10,28 @@ from attune.contract.base import ContractModel, DecimalString, S3Uri, Scientific
 
 
 class Method(StrEnum):
-    """How the base model's weights are adapted."""
+    """How the base model's weights are adapted.
+
+    Lora trains low-rank adapters beside frozen weights, QLora the same beside weights that are rounded to 4 bits, and
+    Full every weight.
+    """
 
     LORA = "Lora"
+    QLORA = "QLora"
+    FULL = "Full"
+
+
+class LoraVariant(StrEnum):
+    """How an adapter's update enters the weights.
+
+    Standard scales it by alpha / rank, RsLora by alpha / sqrt(rank) (arXiv 2312.03732), so that a higher rank learns as
+    fast as a low one. Dora scales as Standard, and trains the length of each weight vector apart from its direction
+    (arXiv 2402.09353).
+    """
+
+    STANDARD = "Standard"
+    RSLORA = "RsLora"
+    DORA = "Dora"
 
 
 class Precision(StrEnum):
@@ -20,6 +39,7 @@ class Precision(StrEnum):
 
     AUTO = "Auto"
     BF16 = "Bf16"
+    FP16 = "Fp16"
     FP32 = "Fp32"
 
 
@@ -35,6 +55,9 @@ class Padding(StrEnum):
     BUCKETS = "Buckets"
 
 
+LayerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", min_length=1, max_length=63)]
+
+
 class Lora(ContractModel):
     """Low-rank adapters on the attention and feed-forward projections of encoder and decoder."""
 
@@ -43,18 +66,39 @@ class Lora(ContractModel):
     dropout: Annotated[DecimalString, between("0", "0.9")] = Field(
         default="0", description="Dropout on the adapter's input, 0 to 0.9."
     )
+    variant: LoraVariant | None = Field(
+        default=None,
+        description=(
+            "Standard (where absent); RsLora, which scales by alpha / sqrt(rank) and suits ranks above 32; or Dora, "
+            "which also trains the length of each weight vector, and takes longer."
+        ),
+    )
+    target_modules: Annotated[list[LayerName], Field(min_length=1, max_length=16)] | None = Field(
+        default=None,
+        description=(
+            "Names of the layers that get adapters, in every block; all linear layers where absent. Of a Whisper: "
+            "q_proj, k_proj, v_proj, out_proj, fc1, fc2."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
 
 
 class Hyperparameters(ContractModel):
     """What an optimiser run is made of. Defaults suit LoRA on a Whisper with minutes to hours of audio."""
 
     learning_rate: Annotated[ScientificString, between("1e-9", "1")] = Field(
-        default="1e-3", description="Peak learning rate of AdamW."
+        default="1e-3", description="Peak learning rate of AdamW. The default suits adapters; Full wants about 1e-5."
     )
     epochs: int = Field(default=3, ge=1, le=1000, description="Passes over the training split.")
     batch_size: int = Field(default=16, ge=1, le=1024, description="Utterances in a batch, at most, per process.")
     max_batch_seconds: int = Field(
         default=48, ge=1, le=36000, description="Seconds of audio in a batch, at most, per process."
+    )
+    gradient_accumulation: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="Batches per process whose gradients are averaged before each optimiser step; 1 where absent.",
     )
     weight_decay: Annotated[DecimalString, between("0", "1")] = Field(default="0.01", description="AdamW weight decay.")
     warmup_ratio: Annotated[DecimalString, between("0", "1")] = Field(
@@ -63,7 +107,7 @@ class Hyperparameters(ContractModel):
     max_grad_norm: Annotated[DecimalString, between("0", "1000")] = Field(
         default="1.0", description="Gradients are clipped to this norm; 0 turns clipping off."
     )
-    precision: Precision = Field(default=Precision.AUTO, description="Auto, Bf16 or Fp32.")
+    precision: Precision = Field(default=Precision.AUTO, description="Auto, Bf16, Fp16 or Fp32.")
     seed: int = Field(default=7, ge=0, le=2147483647, description="Seed of everything that is drawn.")
     dropout: Annotated[DecimalString, between("0", "0.9")] | None = Field(
         default=None,
@@ -251,7 +295,10 @@ class DeepSpeed(ContractModel):
     """DeepSpeed's part of a run."""
 
     zero_stage: int = Field(
-        default=0, ge=0, le=2, description="ZeRO stage: 0 none, 1 optimiser state, 2 gradients too."
+        default=0,
+        ge=0,
+        le=3,
+        description="What processes share out: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too.",
     )
 
 

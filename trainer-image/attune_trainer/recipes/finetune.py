@@ -1,4 +1,4 @@
-"""finetune: a base model and training splits become adapters and a merged model."""
+"""finetune: a base model and training splits become a tuned model, and adapters where the method has them."""
 
 import logging
 import shutil
@@ -9,10 +9,8 @@ from typing import Any
 
 from attune.contract.job import DatasetInput, FinetuneRecipe, Split
 from attune.contract.result import FinetuneResult
-from attune.contract.training import NoiseKind
+from attune.contract.training import Method, Precision
 
-from attune_trainer.augmentation.augmenter import TALKERS
-from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
 from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
@@ -20,7 +18,13 @@ from attune_trainer.job import RecipeContext
 from attune_trainer.store import digest_directory, fetch_model
 from attune_trainer.training import checkpoints
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
-from attune_trainer.training.settings import TrainingSettings, TrainingUtterance, fingerprint
+from attune_trainer.training.settings import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    TrainingSettings,
+    TrainingUtterance,
+    fingerprint,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,12 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
     if gpus and processes > gpus:
         message = f"spec.distributed.processesPerNode is {processes}, but the pod has {gpus} GPUs; lower it"
         raise InvalidInput("TooManyProcesses", message)
+    if recipe.hyperparameters.precision is Precision.FP16 and not gpus:
+        message = (
+            "spec.hyperparameters.precision is Fp16, which needs a GPU, and the pod has none; choose Auto, or give the "
+            "pod one with nvidia.com/gpu in spec.resources.limits"
+        )
+        raise InvalidInput("PrecisionUnsupported", message)
     context.reporter.update(stage="Downloading", percent=0)
     with TrainingProcesses(context.directory("training"), processes) as training:
         settings, base_digest = _fetch_inputs(recipe, context, training.stop_file)
@@ -113,7 +123,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
     train = _utterances(context, recipe.datasets, Split.TRAIN, (3.0, 8.0))
     validation = _utterances(context, recipe.datasets, Split.VALIDATION, (8.0, 9.0))
     noises, rooms = _fetch_recordings(recipe, context, len(train))
-    mark = _fingerprint_run(recipe, base_digest, (*noises, *rooms))
+    mark = mark_run(recipe, base_digest, (*noises, *rooms))
     resume = checkpoints.download_newest(store, recipe.checkpoint_prefix, context.directory("resume"), mark)
     # An attempt of the same pod that died may have left some.
     shutil.rmtree(context.directory("checkpoints"))
@@ -124,6 +134,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         language=languages.pop(),
         train=train,
         validation=validation,
+        method=recipe.method,
         lora=recipe.lora,
         hyperparameters=recipe.hyperparameters,
         padding=recipe.padding,
@@ -142,14 +153,18 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
     return settings, base_digest
 
 
-def _fingerprint_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path]) -> str:
-    """Gives what must be the same for a checkpoint to be continued; options that nobody has set change nothing."""
+def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path] = ()) -> str:
+    """Gives what a checkpoint must carry for this run to go on from it.
+
+    Options that are not set have no part in it, so that the run goes on where another release of this image began it.
+    """
     parts = (recipe.lora, recipe.hyperparameters, recipe.distributed, recipe.early_stopping, recipe.augmentation)
     return fingerprint(
         base_digest,
         *(dataset.revision for dataset in recipe.datasets),
         *(part.model_dump_json(exclude_none=True) for part in parts if part is not None),
         recipe.padding,
+        *(() if recipe.method is Method.LORA else (recipe.method,)),
         *(file.stem for file in recordings),
     )
 
@@ -247,19 +262,20 @@ def _publish(
     base_digest: str,
     outcome: dict[str, Any],
 ) -> FinetuneResult:
-    """Uploads adapter and merged model, and says what they are."""
+    """Uploads the model and, where there is one, the adapter, and says what they are."""
     context.reporter.update(stage="Publishing", percent=95)
     prefix = f"{recipe.output_prefix.rstrip('/')}/{context.attempt_uid}"
-    adapter, merged = settings.output / "adapter", settings.output / "merged"
-    adapter_uri = context.store.upload_directory(adapter, f"{prefix}/adapter")
-    model_uri = context.store.upload_directory(merged, f"{prefix}/merged")
+    adapter, model = settings.output / ADAPTER_FOLDER, settings.output / MODEL_FOLDER
+    has_adapter = adapter.is_dir()
+    adapter_uri = context.store.upload_directory(adapter, f"{prefix}/{ADAPTER_FOLDER}") if has_adapter else None
+    model_uri = context.store.upload_directory(model, f"{prefix}/{MODEL_FOLDER}")
     seconds = round(outcome["training_seconds"])
     return FinetuneResult(
         model_id=recipe.model_id,
         model_uri=model_uri,
-        model_digest=digest_directory(merged),
+        model_digest=digest_directory(model),
         adapter_uri=adapter_uri,
-        adapter_digest=digest_directory(adapter),
+        adapter_digest=digest_directory(adapter) if has_adapter else None,
         base_digest=base_digest,
         padding=recipe.padding,
         baseline_wer=decimal_string(outcome["baseline_wer"]),

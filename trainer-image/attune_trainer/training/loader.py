@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attune_trainer.augmentation.augmenter import Augmenter
 from attune_trainer.failures import InvalidInput
-from attune_trainer.modeling.whisper import SAMPLE_RATE, Whisper
+from attune_trainer.modeling.whisper import Whisper
 from attune_trainer.training.batches import Batch
 from attune_trainer.training.settings import TrainingUtterance
 from attune_trainer.training.transcripts import TokenBatch, TranscriptEncoder
@@ -22,17 +22,17 @@ _AHEAD: Final = 4
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What one optimiser step of one process works on.
+    """What one process works on at a time: a step's work, or a part of it where gradients accumulate.
 
     Attributes:
         features: log-mel, shape (utterances, mels, frames).
         tokens: decoder inputs and targets.
-        seconds: audio without padding.
+        bucket: seconds that each utterance is padded to.
     """
 
     features: Tensor
     tokens: TokenBatch
-    seconds: float
+    bucket: float
 
 
 class BatchLoader:
@@ -101,7 +101,7 @@ class BatchLoader:
         if self._augmenter is not None:
             for row, (position, samples) in enumerate(zip(batch.members, audio, strict=True)):
                 features[row] = torch.from_numpy(self._augmenter.mask(position, features[row].numpy(), len(samples)))
-        return TrainingBatch(features=features, tokens=tokens, seconds=sum(len(one) for one in audio) / SAMPLE_RATE)
+        return TrainingBatch(features=features, tokens=tokens, bucket=batch.bucket)
 
 
 def read_samples(utterance: TrainingUtterance):  # type: ignore[no-untyped-def]  # noqa: ANN201

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Final
 
 from attune.contract.training import (
     Augmentation,
@@ -10,9 +11,14 @@ from attune.contract.training import (
     EarlyStopping,
     Hyperparameters,
     Lora,
+    Method,
     Padding,
 )
 from pydantic import BaseModel, ConfigDict
+
+# Below TrainingSettings.output.
+MODEL_FOLDER: Final = "merged"
+ADAPTER_FOLDER: Final = "adapter"
 
 
 class TrainingUtterance(BaseModel):
@@ -42,6 +48,7 @@ class TrainingSettings(BaseModel):
     language: str
     train: tuple[TrainingUtterance, ...]
     validation: tuple[TrainingUtterance, ...]
+    method: Method
     lora: Lora
     hyperparameters: Hyperparameters
     padding: Padding
@@ -51,7 +58,7 @@ class TrainingSettings(BaseModel):
     fingerprint: str  # of all that must be the same for a checkpoint to be continued
     checkpoints: Path  # where checkpoints are written, one folder each
     resume: Path | None  # a verified checkpoint to go on from
-    output: Path  # gets merged/ and adapter/
+    output: Path  # gets MODEL_FOLDER, and ADAPTER_FOLDER where there is an adapter
     stop_file: Path  # exists once the run is to end after the current step
     augmentation: Augmentation | None = None
     noises: tuple[Path, ...] = ()  # own recordings for augmentation, mono at 16 kHz
