@@ -9,8 +9,10 @@ from typing import Any
 
 from attune.contract.job import DatasetInput, FinetuneRecipe, Split
 from attune.contract.result import FinetuneResult
-from attune.contract.training import Method, Precision
+from attune.contract.training import Method, NoiseKind, Precision
 
+from attune_trainer.augmentation.augmenter import TALKERS
+from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
 from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
