@@ -95,8 +95,10 @@ def _not_trained_on(way: str) -> tuple[str, str]:
     """Gives the rule that the Dataset of the old domain is none of those that are trained on."""
     reference = f"self.retention.{way}.datasetRef"
     return (
-        f"!has(self.retention) || !has(self.retention.{way}) || !has({reference}) || "
-        f"!self.datasets.exists(one, one.name == {reference}.name)",
+        (
+            f"!has(self.retention) || !has(self.retention.{way}) || !has({reference}) || "
+            f"!self.datasets.exists(one, one.name == {reference}.name)"
+        ),
         f"the Dataset of retention.{way} is in datasets already, and so not forgotten; take it out of one of them",
     )
 

@@ -84,7 +84,7 @@ class Replay(ContractModel):
 
 
 class Ewc(ContractModel):
-    """Elastic weight consolidation: holds on to the weights that the old domain depends on (Kirkpatrick et al. 2017)."""
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): holds on to what the old domain depends on."""
 
     strength: Annotated[DecimalString, between("0.001", "1000000")] = Field(
         alias="lambda",

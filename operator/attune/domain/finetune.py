@@ -326,7 +326,5 @@ def _describe_trained(status: FineTuneStatus) -> Standing:
             f"{status.metrics.baseline_wer} before"
         )
         if status.metrics.old_wer is not None:
-            message += (
-                f"; {status.metrics.old_wer} on the old domain's, {status.metrics.old_baseline_wer} before"
-            )
+            message += f"; {status.metrics.old_wer} on the old domain's, {status.metrics.old_baseline_wer} before"
     return Standing("True", "Succeeded", TRAINED, message)

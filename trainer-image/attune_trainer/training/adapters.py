@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attune_trainer.failures import InvalidInput
+from attune_trainer.lineage import Generation
 from attune_trainer.modeling.artifact import Artifact, write_artifact
 from attune_trainer.modeling.buckets import BUCKETS, fit_buckets
 from attune_trainer.modeling.whisper import LINEAR_LAYERS, Whisper
@@ -102,11 +103,19 @@ def export(model: PeftModel, whisper: Whisper, folder: Path, *, base: Path, arti
 
 
 def describe_artifact(
-    whisper: Whisper, padding: Padding, *, base_uri: str, model_id: str, language: str | None
+    whisper: Whisper,
+    padding: Padding,
+    *,
+    base_uri: str,
+    model_id: str,
+    language: str | None,
+    history: tuple[Generation, ...] = (),
 ) -> Artifact:
     """Says how the tuned model wants its audio and where it comes from."""
     buckets = fit_buckets(BUCKETS, whisper.window_seconds) if padding is Padding.BUCKETS else ()
-    return Artifact(padding=padding, buckets=buckets, base_model=base_uri, model_id=model_id, language=language)
+    return Artifact(
+        padding=padding, buckets=buckets, base_model=base_uri, model_id=model_id, language=language, history=history
+    )
 
 
 def clean_generation(whisper: Whisper) -> None:

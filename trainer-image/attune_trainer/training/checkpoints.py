@@ -20,6 +20,16 @@ BEST_FILE: Final = "best.safetensors"
 ENGINE_FOLDER: Final = "engine"
 
 
+class EpochFigures(BaseModel):
+    """Word error rates after an epoch, as fractions; epoch 0 is the base model. old_wer is of the old domain."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int
+    wer: float
+    old_wer: float | None = None
+
+
 class TrainingState(BaseModel):
     """Where a run stands, beside the weights and the optimiser's state.
 
@@ -35,6 +45,7 @@ class TrainingState(BaseModel):
         step_seconds: time in optimiser steps so far, over all attempts.
         training_seconds: the same with validation.
         stopped_early: whether early stopping has ended the run.
+        curve: figures of the base model and after every epoch so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +63,7 @@ class TrainingState(BaseModel):
     step_seconds: float = 0.0
     training_seconds: float = 0.0
     stopped_early: bool = False
+    curve: tuple[EpochFigures, ...] = ()
 
 
 def seal(folder: Path) -> None:

@@ -5,13 +5,14 @@ are there.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,13 +32,15 @@ from attune_trainer.scoring.normaliser import normalise
 from attune_trainer.training import adapters, checkpoints
 from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
-from attune_trainer.training.checkpoints import TrainingState
+from attune_trainer.training.checkpoints import EpochFigures, TrainingState
+from attune_trainer.training.consolidation import Consolidation, Importance
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
+from attune_trainer.training.mixture import choose_utterances
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.selection import judge_epoch
-from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
+from attune_trainer.training.settings import CURVE_FILE, TrainingSettings, TrainingUtterance
 from attune_trainer.training.transcripts import TranscriptEncoder
 
 _log = logging.getLogger("attune_trainer.training")
@@ -76,16 +79,17 @@ class Training:
         settings = self._settings
         self._whisper = load_whisper(settings.base, self._device)
         encoder = TranscriptEncoder(self._whisper, settings.language)
-        self._train, self._encoder = self._usable(encoder), encoder
+        self._train, self._encoder = self._usable(encoder, settings.train), encoder
         base_artifact = read_artifact(settings.base)
         state = self._resumed_state()
         if state is None:
             if not base_artifact.language:
                 base_artifact = base_artifact.model_copy(update={"language": encoder.language})
             self._tell_stage("Baseline", percent=10)
-            baseline = self._validate(Recognizer(self._whisper, base_artifact), (10, 20))
-            state = TrainingState(fingerprint=settings.fingerprint, baseline_wer=baseline)
-        self._tell("baseline", wer=state.baseline_wer)
+            wer, old_wer = self._measure(Recognizer(self._whisper, base_artifact), (10, 20))
+            first = EpochFigures(epoch=0, wer=wer, old_wer=old_wer)
+            state = TrainingState(fingerprint=settings.fingerprint, baseline_wer=wer, curve=(first,))
+        self._tell("baseline", wer=state.baseline_wer, old_wer=_old_wer(state, 0))
         adapters.clean_generation(self._whisper)
         self._artifact = adapters.describe_artifact(
             self._whisper,
@@ -93,12 +97,14 @@ class Training:
             base_uri=settings.base_uri,
             model_id=settings.model_id,
             language=encoder.language,
+            history=settings.history,
         )
         self._recognizer = Recognizer(self._whisper, self._artifact)
         self._model = adapters.attach_adapters(self._whisper, settings.lora)
         torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
         self._plans = self._plan()
         self._total_steps = sum(len(plan) for plan in self._plans)
+        self._consolidation = self._estimate_importance()
         self._engine = self._build_engine()
         self._best = settings.checkpoints / "best" / checkpoints.BEST_FILE
         if settings.resume is not None:
@@ -107,17 +113,17 @@ class Training:
         self._train_to_the_end()
         self._finish()
 
-    def _usable(self, encoder: TranscriptEncoder) -> tuple[TrainingUtterance, ...]:
+    def _usable(
+        self, encoder: TranscriptEncoder, utterances: Sequence[TrainingUtterance]
+    ) -> tuple[TrainingUtterance, ...]:
         """Keeps the utterances that model and decoder have room for."""
         window = self._whisper.window_seconds
-        kept = tuple(
-            one for one in self._settings.train if one.seconds <= window and encoder.encode(one.text) is not None
-        )
-        left_out = len(self._settings.train) - len(kept)
-        if left_out > _MAX_LEFT_OUT * len(self._settings.train):
+        kept = tuple(one for one in utterances if one.seconds <= window and encoder.encode(one.text) is not None)
+        left_out = len(utterances) - len(kept)
+        if left_out > _MAX_LEFT_OUT * len(utterances):
             room = self._whisper.config.max_target_positions
             message = (
-                f"{left_out} of {len(self._settings.train)} training utterances are longer than the model's window of "
+                f"{left_out} of {len(utterances)} training utterances are longer than the model's window of "
                 f"{window:g} s or have transcripts longer than its {room} tokens; cut them into shorter utterances"
             )
             raise InvalidInput("UtterancesTooLong", message)
@@ -126,19 +132,62 @@ class Training:
         return kept
 
     def _plan(self) -> list[list[tuple[Batch, ...]]]:
-        buckets = self._recognizer.buckets
+        seconds, mixture = [one.seconds for one in self._train], self._settings.mixture
+        parts = [one.part for one in self._train]
         return [
-            plan_epoch(
-                [one.seconds for one in self._train],
-                buckets,
-                batch_size=self._parameters.batch_size,
-                max_batch_seconds=self._parameters.max_batch_seconds,
-                seed=self._parameters.seed,
-                epoch=epoch,
-                processes=self._processes,
+            self._plan_epoch(
+                seconds,
+                epoch,
+                choose_utterances(seconds, parts, mixture, seed=self._parameters.seed, epoch=epoch)
+                if mixture is not None
+                else None,
             )
             for epoch in range(self._parameters.epochs)
         ]
+
+    def _plan_epoch(
+        self, seconds: Sequence[float], epoch: int, chosen: Sequence[int] | None = None
+    ) -> list[tuple[Batch, ...]]:
+        return plan_epoch(
+            seconds,
+            self._recognizer.buckets,
+            batch_size=self._parameters.batch_size,
+            max_batch_seconds=self._parameters.max_batch_seconds,
+            seed=self._parameters.seed,
+            epoch=epoch,
+            processes=self._processes,
+            chosen=chosen,
+        )
+
+    def _estimate_importance(self) -> Consolidation | None:
+        """Finds out what the old domain depends on; None where no weights are to be held.
+
+        It is not part of a checkpoint: the model is the base still, nothing is drawn, and so a run that resumes finds
+        the same.
+
+        Raises:
+            _StopRequested: when the pod has been asked to end.
+        """
+        keeping = self._settings.keeping
+        if keeping is None or keeping.ewc is None:
+            return None
+        self._tell_stage("Consolidating", percent=20)
+        self._model.eval()
+        sample = self._usable(self._encoder, keeping.sample)
+        steps = self._plan_epoch([one.seconds for one in sample], 0)
+        loader = BatchLoader(self._whisper, self._encoder, sample, [step[self._rank] for step in steps])
+        importance, objective = Importance(self._model), TranscriptionLoss(self._model, self._whisper)
+        try:
+            for number, batch in enumerate(loader):
+                if self._agree_to_stop():
+                    raise _StopRequested
+                self._tell("progress", step=number, total_steps=len(steps))
+                importance.add(objective, *(one.to(self._device) for one in batch.tensors))
+        finally:
+            loader.close()
+        if self._processes > 1:
+            importance.share()
+        return importance.consolidate(float(keeping.ewc.strength))
 
     def _build_engine(self) -> Any:
         """Sets up DeepSpeed with torch's own optimiser, whose kernels are compiled already."""
@@ -158,7 +207,7 @@ class Training:
         }
         _log.info("training set up", extra={"precision": "bf16" if bf16 else "fp32", "device": str(self._device)})
         engine, *_ = deepspeed.initialize(
-            model=TranscriptionLoss(self._model, self._whisper), optimizer=optimizer, config=config
+            model=TranscriptionLoss(self._model, self._whisper, self._consolidation), optimizer=optimizer, config=config
         )
         return engine
 
@@ -204,11 +253,7 @@ class Training:
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._engine(
-            batch.features.to(self._device),
-            batch.tokens.inputs.to(self._device),
-            batch.tokens.targets.to(self._device),
-        )
+        loss = self._engine(*(one.to(self._device) for one in batch.tensors))
         # One message for all that the processes must agree on.
         shared = torch.stack([loss.detach().double(), torch.tensor(float(self._stop_wanted()), device=loss.device)])
         if self._processes > 1:
@@ -255,26 +300,37 @@ class Training:
         self._tell_stage("Validating")
         began = time.monotonic()
         done = 20 + 70 * state.step / self._total_steps
-        wer = self._validate(self._recognizer, (done, done))
+        wer, old_wer = self._measure(self._recognizer, (done, done))
         judged = judge_epoch(state, wer, self._settings.early_stopping)
         seconds = state.training_seconds + time.monotonic() - began
-        self._state = judged.model_copy(update={"training_seconds": seconds})
+        figures = EpochFigures(epoch=judged.epoch, wer=wer, old_wer=old_wer)
+        self._state = judged.model_copy(update={"training_seconds": seconds, "curve": (*state.curve, figures)})
         if judged.best_epoch == state.epoch and self._rank == 0:
             adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
-        _log.info("epoch finished", extra={"epoch": state.epoch + 1, "wer": round(wer, 4)})
-        self._tell("validated", epoch=state.epoch + 1, wer=wer)
+        _log.info("epoch finished", extra={"epoch": judged.epoch, "wer": round(wer, 4)})
+        self._tell("validated", epoch=judged.epoch, wer=wer, old_wer=old_wer)
 
-    def _validate(self, recognizer: Recognizer, percent: tuple[float, float]) -> float:
-        """Gives the corpus WER of the validation split; every process transcribes its share.
+    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> tuple[float, float | None]:
+        """Gives the corpus WER of the validation split, and of the old domain's where one is kept."""
+        new, keeping, (low, high) = self._settings.validation, self._settings.keeping, percent
+        old = keeping.validation if keeping is not None else ()
+        between = low + (high - low) * len(new) / (len(new) + len(old))
+        wer = self._validate(recognizer, new, (low, between))
+        return wer, self._validate(recognizer, old, (between, high)) if old else None
+
+    def _validate(
+        self, recognizer: Recognizer, utterances: Sequence[TrainingUtterance], percent: tuple[float, float]
+    ) -> float:
+        """Gives the corpus WER of utterances; every process transcribes its share.
 
         Raises:
             _StopRequested: when the pod has been asked to end.
         """
-        mine = sorted(self._settings.validation, key=lambda one: one.seconds)[self._rank :: self._processes]
+        mine = sorted(utterances, key=lambda one: one.seconds)[self._rank :: self._processes]
         self._whisper.model.eval()
         counts = ErrorCounts()
         # Of the largest share, so that all processes ask each other equally often.
-        share = -(-len(self._settings.validation) // self._processes)
+        share = -(-len(utterances) // self._processes)
         for start in range(0, share, _VALIDATION_CHUNK):
             if self._agree_to_stop():
                 raise _StopRequested
@@ -376,10 +432,16 @@ class Training:
         if difference > tolerance:
             raise RuntimeError(f"the merged model differs from the adapted one by {difference:.2e} of the logits")
         state = self._state
+        # Of many epochs it is longer than an event may be.
+        curve = [one.model_dump(exclude_none=True) for one in state.curve]
+        (self._settings.output / CURVE_FILE).write_text(json.dumps(curve, indent=1), encoding="utf-8")
+        best = state.best_epoch if state.best_epoch is not None else 0
         self._tell(
             "finished",
             wer=state.best_wer,
             baseline_wer=state.baseline_wer,
+            old_wer=_old_wer(state, best + 1),
+            old_baseline_wer=_old_wer(state, 0),
             steps=state.step,
             epochs=float(state.epoch),
             training_seconds=state.training_seconds,
@@ -418,6 +480,11 @@ class Training:
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._rank == 0:
             self._events.send(kind, **fields)
+
+
+def _old_wer(state: TrainingState, epoch: int) -> float | None:
+    """Gives the old domain's WER after so many epochs."""
+    return next((one.old_wer for one in state.curve if one.epoch == epoch), None)
 
 
 def reloaded_in_fp32(folder: Path) -> bool:
