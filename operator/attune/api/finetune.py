@@ -212,8 +212,8 @@ class LineageParent(StatusModel):
     name: str = Field(max_length=63, description="Name of the FineTune.")
     model_id: str | None = Field(default=None, max_length=128, description="Its modelId.")
     digest: str = Field(max_length=71, description="Digest of its merged model, which is the base here.")
-    adapter_uri: str = Field(max_length=1024, description="Folder of its adapter.")
-    adapter_digest: str = Field(max_length=71, description="Digest of its adapter's files.")
+    adapter_uri: str | None = Field(default=None, max_length=1024, description="Folder of its adapter.")
+    adapter_digest: str | None = Field(default=None, max_length=71, description="Digest of its adapter's files.")
 
 
 class Lineage(StatusModel):

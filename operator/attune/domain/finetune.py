@@ -175,19 +175,20 @@ def _fix_inputs(observed: ObservedFineTune) -> Lineage:
     def fix(dataset: ObservedDatasetRef) -> LineageDataset:
         return LineageDataset(name=dataset.name, revision=dataset.revision or "", uri=dataset.uri or "")
 
-    parent, model, base_uri = None, None, observed.resource.spec.base_model.uri
-    if observed.parent is not None:
-        model, adapter = observed.parent.model, observed.parent.adapter
+    base = ModelInput(uri=observed.resource.spec.base_model.uri or "")
+    parent = None
+    if observed.parent is not None and observed.parent.model is not None:
+        base, adapter = observed.parent.model, observed.parent.adapter
         parent = LineageParent(
             name=observed.parent.name,
-            model_id=model.model_id if model is not None else None,
-            digest=(model.digest if model is not None else None) or "",
-            adapter_uri=adapter.uri if adapter is not None else "",
-            adapter_digest=(adapter.digest if adapter is not None else None) or "",
+            model_id=base.model_id,
+            digest=base.digest or "",
+            adapter_uri=adapter.uri if adapter is not None else None,
+            adapter_digest=adapter.digest if adapter is not None else None,
         )
     return Lineage(
-        base_uri=model.uri if model is not None else base_uri or "",
-        base_digest=model.digest if model is not None else None,
+        base_uri=base.uri,
+        base_digest=base.digest,
         parent=parent,
         datasets=[fix(one) for one in observed.datasets],
         retained=fix(observed.retained) if observed.retained is not None else None,
