@@ -1,7 +1,6 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,11 @@ import pytest
 import soundfile
 import torch
 from attune.contract.exitcode import ExitCode
-from attune.contract.job import DatasetInput, PrepareRecipe, Split
 from attune.contract.training import EarlyStopping, Lora, Padding, Precision
-from attune_trainer.data.dataset import load_split
 from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure, StoreUnavailable
-from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.modeling.buckets import BUCKETS
 from attune_trainer.modeling.whisper import Whisper, load_whisper
-from attune_trainer.recipes import finetune, prepare
 from attune_trainer.store import Store
 from attune_trainer.training import adapters, checkpoints
 from attune_trainer.training.arithmetic import wants_bf16
@@ -37,7 +32,6 @@ from hypothesis import strategies as st
 from transformers import WhisperForConditionalGeneration
 
 from tests.trainer.server_process import wait_until
-from tests.trainer.test_prepare import good_audio, line, recipe, upload
 from tests.trainer.tiny_whisper import build_tiny_whisper
 
 
@@ -371,31 +365,6 @@ class TestCheckpoints:
         assert found is not None
         assert found.name == "step-00000002-0000"
         shutil.rmtree(found)
-
-
-class TestInputs:
-    def test_what_one_dataset_holds_out_is_not_trained_on_for_another(
-        self, s3_store: Store, key_prefix: str, make_context: Callable[..., RecipeContext]
-    ) -> None:
-        upload(s3_store, f"{key_prefix}/in", [line(number) for number in range(40)], good_audio(40))
-        datasets = []
-        for seed in (1, 2):
-            rule = {"by": "Speaker", "validation": "0.2", "holdout": "0.2", "seed": seed}
-            context = make_context(recipe(key_prefix, splits=rule))
-            assert isinstance(context.spec.recipe, PrepareRecipe)
-            prepared = prepare.run(context.spec.recipe, context)
-            datasets.append(DatasetInput(name=f"seed-{seed}", revision=prepared.revision, uri=prepared.uri))
-        train = finetune._utterances(context, datasets, Split.TRAIN, (0.0, 1.0))
-        apart = [
-            one
-            for dataset in datasets
-            for split in ("Validation", "Holdout")
-            for one in load_split(s3_store, dataset, Split(split))
-        ]
-        assert train
-        assert not {one.text for one in train} & {one.text for one in apart}
-        alone = finetune._utterances(context, datasets[:1], Split.TRAIN, (0.0, 1.0))
-        assert len(alone) == prepared.splits.train.utterances == 24
 
 
 class TestProcesses:

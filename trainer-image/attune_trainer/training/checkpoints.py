@@ -8,6 +8,7 @@ from typing import Final
 
 from attune.contract.exitcode import ExitCode
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
 
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.store import Store, digest_file
@@ -23,7 +24,7 @@ ENGINE_FOLDER: Final = "engine"
 class EpochFigures(BaseModel):
     """Word error rates after an epoch, as fractions; epoch 0 is the base model. old_wer is of the old domain."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
 
     epoch: int
     wer: float

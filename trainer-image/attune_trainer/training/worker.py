@@ -433,7 +433,7 @@ class Training:
             raise RuntimeError(f"the merged model differs from the adapted one by {difference:.2e} of the logits")
         state = self._state
         # Of many epochs it is longer than an event may be.
-        curve = [one.model_dump(exclude_none=True) for one in state.curve]
+        curve = [one.model_dump(by_alias=True, exclude_none=True) for one in state.curve]
         (self._settings.output / CURVE_FILE).write_text(json.dumps(curve, indent=1), encoding="utf-8")
         best = state.best_epoch if state.best_epoch is not None else 0
         self._tell(
