@@ -103,7 +103,7 @@ def test_a_layer_that_the_loss_depends_on_little_may_change_freely(whisper: Whis
     network = whisper.model.model.decoder.layers[-1]
     with torch.no_grad():
         network.fc2.weight[:, 0] = 0  # nobody listens to the first unit between fc1 and fc2
-    model, consolidation = listen(whisper)
+    _, consolidation = listen(whisper)
     adapter = whisper.model.model.decoder.layers[-1].fc1
 
     def cost_of_changing(unit: int) -> float:
@@ -113,9 +113,8 @@ def test_a_layer_that_the_loss_depends_on_little_may_change_freely(whisper: Whis
             adapter.lora_B["default"].weight[unit] = 1.0
         return float(consolidation.penalty().detach())
 
-    assert isinstance(model, PeftModel)
-    assert cost_of_changing(0) == pytest.approx(0, abs=1e-9)
-    assert cost_of_changing(1) > 1e-4
+    assert cost_of_changing(1) > 0
+    assert cost_of_changing(0) < 1e-6 * cost_of_changing(1)
 
 
 def test_listening_changes_no_weight_leaves_no_gradient_and_draws_nothing(whisper: Whisper) -> None:
