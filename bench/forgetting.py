@@ -127,7 +127,7 @@ def tune(
 
     def follow(event: dict[str, Any]) -> None:
         if event["kind"] == "validated":
-            old = f", old {event['old_wer']:.1%}" if event["old_wer"] is not None else ""
+            old = f", old {event['oldWer']:.1%}" if "oldWer" in event else ""
             say(f"{folder.name}: epoch {event['epoch']}, new {event['wer']:.1%}{old}")
 
     with TrainingProcesses(folder / "processes", 1) as processes:

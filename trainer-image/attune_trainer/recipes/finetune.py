@@ -82,11 +82,10 @@ class _Follower:
         if kind == "progress":
             self._context.reporter.update(**event)
         elif kind == "baseline":
-            old = {} if event["old_wer"] is None else {"oldBaselineWer": event["old_wer"]}
-            self._context.reporter.update(metrics={"baselineWer": event["wer"], **old})
+            names = {"wer": "baselineWer", "oldWer": "oldBaselineWer"}
+            self._context.reporter.update(metrics={names[name]: value for name, value in event.items()})
         elif kind == "validated":
-            old = {} if event["old_wer"] is None else {"oldWer": event["old_wer"]}
-            self._context.reporter.update(epoch=event["epoch"], metrics={"wer": event["wer"], **old})
+            self._context.reporter.update(epoch=event.pop("epoch"), metrics=event)
         elif kind == "checkpoint":
             self._uploads.append(self._pool.submit(self._upload, Path(event["folder"])))
         elif kind == "finished":

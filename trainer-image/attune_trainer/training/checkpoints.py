@@ -8,7 +8,6 @@ from typing import Final
 
 from attune.contract.exitcode import ExitCode
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.alias_generators import to_camel
 
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.store import Store, digest_file
@@ -21,14 +20,13 @@ BEST_FILE: Final = "best.safetensors"
 ENGINE_FOLDER: Final = "engine"
 
 
-class EpochFigures(BaseModel):
-    """Word error rates after an epoch, as fractions; epoch 0 is the base model. old_wer is of the old domain."""
+class Validation(BaseModel):
+    """What a validation gave: word error rates as fractions, wer and, where an old domain is kept, oldWer."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epoch: int
-    wer: float
-    old_wer: float | None = None
+    epoch: int  # epochs done; 0 is the base model
+    metrics: dict[str, float]
 
 
 class TrainingState(BaseModel):
@@ -46,7 +44,7 @@ class TrainingState(BaseModel):
         step_seconds: time in optimiser steps so far, over all attempts.
         training_seconds: the same with validation.
         stopped_early: whether early stopping has ended the run.
-        curve: figures of the base model and after every epoch so far.
+        validations: of the base model, and after every epoch so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +62,7 @@ class TrainingState(BaseModel):
     step_seconds: float = 0.0
     training_seconds: float = 0.0
     stopped_early: bool = False
-    curve: tuple[EpochFigures, ...] = ()
+    validations: tuple[Validation, ...] = ()
 
 
 def seal(folder: Path) -> None:

@@ -32,7 +32,7 @@ from attune_trainer.scoring.normaliser import normalise
 from attune_trainer.training import adapters, checkpoints
 from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
-from attune_trainer.training.checkpoints import EpochFigures, TrainingState
+from attune_trainer.training.checkpoints import TrainingState, Validation
 from attune_trainer.training.consolidation import Consolidation, Importance
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
@@ -86,10 +86,13 @@ class Training:
             if not base_artifact.language:
                 base_artifact = base_artifact.model_copy(update={"language": encoder.language})
             self._tell_stage("Baseline", percent=10)
-            wer, old_wer = self._measure(Recognizer(self._whisper, base_artifact), (10, 20))
-            first = EpochFigures(epoch=0, wer=wer, old_wer=old_wer)
-            state = TrainingState(fingerprint=settings.fingerprint, baseline_wer=wer, curve=(first,))
-        self._tell("baseline", wer=state.baseline_wer, old_wer=_old_wer(state, 0))
+            metrics = self._measure(Recognizer(self._whisper, base_artifact), (10, 20))
+            state = TrainingState(
+                fingerprint=settings.fingerprint,
+                baseline_wer=metrics["wer"],
+                validations=(Validation(epoch=0, metrics=metrics),),
+            )
+        self._tell("baseline", **{"wer": state.baseline_wer, **_metrics_after(state, 0)})
         adapters.clean_generation(self._whisper)
         self._artifact = adapters.describe_artifact(
             self._whisper,
@@ -300,23 +303,23 @@ class Training:
         self._tell_stage("Validating")
         began = time.monotonic()
         done = 20 + 70 * state.step / self._total_steps
-        wer, old_wer = self._measure(self._recognizer, (done, done))
-        judged = judge_epoch(state, wer, self._settings.early_stopping)
+        metrics = self._measure(self._recognizer, (done, done))
+        judged = judge_epoch(state, metrics["wer"], self._settings.early_stopping)
         seconds = state.training_seconds + time.monotonic() - began
-        figures = EpochFigures(epoch=judged.epoch, wer=wer, old_wer=old_wer)
-        self._state = judged.model_copy(update={"training_seconds": seconds, "curve": (*state.curve, figures)})
+        validations = (*state.validations, Validation(epoch=judged.epoch, metrics=metrics))
+        self._state = judged.model_copy(update={"training_seconds": seconds, "validations": validations})
         if judged.best_epoch == state.epoch and self._rank == 0:
             adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
-        _log.info("epoch finished", extra={"epoch": judged.epoch, "wer": round(wer, 4)})
-        self._tell("validated", epoch=judged.epoch, wer=wer, old_wer=old_wer)
+        _log.info("epoch finished", extra={"epoch": judged.epoch, "wer": round(metrics["wer"], 4)})
+        self._tell("validated", epoch=judged.epoch, **metrics)
 
-    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> tuple[float, float | None]:
-        """Gives the corpus WER of the validation split, and of the old domain's where one is kept."""
+    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> dict[str, float]:
+        """Gives the corpus WER of the validation split as wer, and of the old domain's, if one is kept, as oldWer."""
         new, keeping, (low, high) = self._settings.validation, self._settings.keeping, percent
         old = keeping.validation if keeping is not None else ()
         between = low + (high - low) * len(new) / (len(new) + len(old))
-        wer = self._validate(recognizer, new, (low, between))
-        return wer, self._validate(recognizer, old, (between, high)) if old else None
+        metrics = {"wer": self._validate(recognizer, new, (low, between))}
+        return metrics | ({"oldWer": self._validate(recognizer, old, (between, high))} if old else {})
 
     def _validate(
         self, recognizer: Recognizer, utterances: Sequence[TrainingUtterance], percent: tuple[float, float]
@@ -433,15 +436,15 @@ class Training:
             raise RuntimeError(f"the merged model differs from the adapted one by {difference:.2e} of the logits")
         state = self._state
         # Of many epochs it is longer than an event may be.
-        curve = [one.model_dump(by_alias=True, exclude_none=True) for one in state.curve]
+        curve = [{"epoch": one.epoch, **one.metrics} for one in state.validations]
         (self._settings.output / CURVE_FILE).write_text(json.dumps(curve, indent=1), encoding="utf-8")
         best = state.best_epoch if state.best_epoch is not None else 0
         self._tell(
             "finished",
             wer=state.best_wer,
             baseline_wer=state.baseline_wer,
-            old_wer=_old_wer(state, best + 1),
-            old_baseline_wer=_old_wer(state, 0),
+            old_wer=_metrics_after(state, best + 1).get("oldWer"),
+            old_baseline_wer=_metrics_after(state, 0).get("oldWer"),
             steps=state.step,
             epochs=float(state.epoch),
             training_seconds=state.training_seconds,
@@ -482,9 +485,9 @@ class Training:
             self._events.send(kind, **fields)
 
 
-def _old_wer(state: TrainingState, epoch: int) -> float | None:
-    """Gives the old domain's WER after so many epochs."""
-    return next((one.old_wer for one in state.curve if one.epoch == epoch), None)
+def _metrics_after(state: TrainingState, epoch: int) -> dict[str, float]:
+    """Gives what was measured after so many epochs; nothing where an earlier release did not write it down."""
+    return next((one.metrics for one in state.validations if one.epoch == epoch), {})
 
 
 def reloaded_in_fp32(folder: Path) -> bool:
