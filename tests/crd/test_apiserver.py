@@ -124,6 +124,8 @@ def _without_empty(value: Any) -> Any:
 IMMUTABLE = "is immutable: create a new resource instead"
 ONE_MODEL = "exactly one of model and fineTuneRef must be given"
 ONE_SOURCE = "exactly one of uri and fineTuneRef must be given"
+ONE_OLD = "ewc.datasetRef must be given without replay, and only then"
+OLD = {"datasetRef": {"name": "general"}}
 RISING = "weights must rise from step to step"
 NO_ADAPTERS = "method Full trains all weights and has no adapters: remove lora"
 CANDIDATE = {"name": "base", "model": {"uri": "s3://models/a"}}
@@ -174,6 +176,38 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
         "Dataset", "resources.limits", {"x" * 64: "1"}, "keys must have 1 to 63 characters",
     ),
     "no base model": ("FineTune", "baseModel", ..., "spec.baseModel: Required value"),
+    "a base model from nowhere": ("FineTune", "baseModel", {}, ONE_SOURCE),
+    "a base model from two places": ("FineTune", "baseModel.fineTuneRef", {"name": "x"}, ONE_SOURCE),
+    "a FineTune that begins with itself": (
+        "FineTune", "baseModel", {"fineTuneRef": {"name": "one"}}, "baseModel.fineTuneRef must name another FineTune",
+    ),
+    "a Dataset of no weight": ("FineTune", "datasets.0.weight", "0", "must be between 0.001 and 1000"),
+    "a temperature that sharpens": ("FineTune", "datasetTemperature", "0.5", "must be between 1 and 100"),
+    "a temperature of one Dataset": ("FineTune", "datasetTemperature", "2", "needs at least two datasets"),
+    "a retention that does nothing": ("FineTune", "retention", {}, "replay, ewc or both must be given"),
+    "a replay of nothing but the old": (
+        "FineTune", "retention", {"replay": {**OLD, "ratio": "1"}}, "must be between 0.01 and 0.9",
+    ),
+    "a replay of what is trained on": (
+        "FineTune", "retention", {"replay": {"datasetRef": {"name": "calls"}}}, "take it out of one of them",
+    ),
+    "weights held for what is trained on": (
+        "FineTune", "retention", {"ewc": {"lambda": "1", "datasetRef": {"name": "calls"}}}, "take it out of one of",
+    ),
+    "weights held that no process has whole": (
+        "FineTune", "",
+        {"retention": {"ewc": {**OLD, "lambda": "1"}}, "distributed": {"deepspeed": {"zeroStage": 3}}},
+        "zeroStage must be 2 or less",
+    ),
+    "weights held that Dora moves": (
+        "FineTune", "",
+        {"retention": {"ewc": {**OLD, "lambda": "1"}}, "lora": {"variant": "Dora"}},
+        "choose another lora.variant, or replay alone",
+    ),
+    "weights held for nobody": ("FineTune", "retention", {"ewc": {"lambda": "1"}}, ONE_OLD),
+    "weights held for another than is replayed": (
+        "FineTune", "retention", {"replay": OLD, "ewc": {**OLD, "lambda": "1"}}, ONE_OLD,
+    ),
     "the same Dataset twice": ("FineTune", "datasets", [{"name": "a"}, {"name": "a"}], "Duplicate value"),
     "a Dataset whose name cannot be one": ("FineTune", "datasets", [{"name": "A"}], "should match"),
     "a rank of 0": ("FineTune", "lora.rank", 0, "greater than or equal to 1"),
@@ -340,6 +374,8 @@ UNCHANGEABLE = [
     ("FineTune", {"distributed": {"processesPerNode": 2}}),
     ("FineTune", {"earlyStopping": {"patience": 5}}),
     ("FineTune", {"augmentation": {"speed": {}}}),
+    ("FineTune", {"datasetTemperature": "2"}),
+    ("FineTune", {"retention": {"replay": OLD}}),
 ]
 
 

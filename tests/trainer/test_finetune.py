@@ -49,34 +49,37 @@ def speak(text: str, seed: int) -> np.ndarray:
     return (sound + draw.standard_normal(len(sound)) * 0.01).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def inputs(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[DatasetInput, str]:
-    """A prepared Dataset of 40 utterances and a tiny base model, both in the store."""
-    folder, store = tmp_path_factory.mktemp("calls"), s3_server.store()
+def make_dataset(store: Store, folder: Path, name: str, words: tuple[str, ...] = WORDS) -> DatasetInput:
+    """Prepares a Dataset of 40 utterances."""
     lines = []
     for index in range(40):
-        text = f"{WORDS[index % 8]} {'abcdefgh'[index // 8]}"
+        text = f"{words[index % 8]} {'abcdefgh'[index // 8]}"
         soundfile.write(folder / f"{index}.wav", speak(text, index), 16000, subtype="PCM_16")
         lines.append(json.dumps({"audio": f"{index}.wav", "text": text, "speaker": f"s{index % 10}"}))
     (folder / "calls.jsonl").write_text("\n".join(lines))
-    uri = store.upload_directory(folder, "finetune-inputs/calls")
+    uri = store.upload_directory(folder, f"finetune-inputs/{name}")
     recipe = {
         "recipe": "prepare",
         "sources": [{"uri": uri, "format": "Manifest", "manifest": "calls.jsonl"}],
         "language": "en",
         "splits": {"by": "Speaker", "validation": "0.2", "holdout": "0.1", "seed": 7},
         "maxRejectedShare": "0",
-        "outputPrefix": "finetune-inputs/dataset",
+        "outputPrefix": f"finetune-inputs/dataset-{name}",
     }
-    spec = JobSpec(
-        owner=Owner(kind="Test", namespace="speech", name="calls", uid="0"), result_key="unused", recipe=recipe
-    )
-    work = tmp_path_factory.mktemp("prepare")
+    spec = JobSpec(owner=Owner(kind="Test", namespace="speech", name=name, uid="0"), result_key="unused", recipe=recipe)
     prepared = prepare.run(
-        spec.recipe, RecipeContext(spec, store, ProgressReporter(), work, "attempt-1", threading.Event())
+        spec.recipe,
+        RecipeContext(spec, store, ProgressReporter(), folder / "work", "attempt-1", threading.Event()),
     )
+    return DatasetInput(name=name, revision=prepared.revision, uri=prepared.uri)
+
+
+@pytest.fixture(scope="module")
+def inputs(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[DatasetInput, str]:
+    """A prepared Dataset and a tiny base model, both in the store."""
+    store = s3_server.store()
     base = store.upload_directory(build_tiny_whisper(tmp_path_factory.mktemp("base")), "finetune-inputs/base")
-    return DatasetInput(name="calls", revision=prepared.revision, uri=prepared.uri), base
+    return make_dataset(store, tmp_path_factory.mktemp("calls"), "calls"), base
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +296,53 @@ def test_a_run_that_was_cut_off_while_it_published_trains_no_step_again(
     assert (result.steps, result.epochs, result.stopped_early) == (whole.steps, whole.epochs, whole.stopped_early)
     assert (result.baseline_wer, result.wer) == (whole.baseline_wer, whole.wer)
     assert (result.model_digest, result.adapter_digest) == (whole.model_digest, whole.adapter_digest)
+
+
+def test_a_second_generation_keeps_an_old_domain_tells_of_both_and_goes_on_to_the_very_same_weights(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+    recipe_for: Callable[..., dict[str, Any]],
+    make_context: MakeContext,
+    s3_store: Store,
+    key_prefix: str,
+    tmp_path: Path,
+) -> None:
+    first, folder = uninterrupted[0], tmp_path / "old"
+    folder.mkdir()
+    words = ("red", "green", "blue", "white", "black", "brown", "pink", "grey")
+    old = make_dataset(s3_store, folder, "colours", words)
+    changes = {
+        "base": {"uri": first.model_uri, "digest": first.model_digest},
+        "modelId": "ft:tiny:123456",
+        "retention": {
+            "dataset": old.model_dump(by_alias=True),
+            "replay": {"ratio": "0.3"},
+            "ewc": {"lambda": "10", "samples": 8},
+        },
+    }
+    reporter = ProgressReporter()
+    alone = run(make_context(recipe_for(f"{key_prefix}/alone", **changes), reporter=reporter))
+    assert alone.old_wer is not None
+    assert alone.old_baseline_wer is not None
+    assert {metric.name for metric in reporter.snapshot().metrics} >= {"wer", "oldWer", "baselineWer", "oldBaselineWer"}
+    assert alone.curve_uri is not None
+    curve = json.loads(s3_store.read_bytes(alone.curve_uri))
+    assert [one["epoch"] for one in curve] == [0, 1, 2]
+    assert all(one.keys() == {"epoch", "wer", "oldWer"} for one in curve)
+    assert float(alone.old_baseline_wer) == pytest.approx(curve[0]["oldWer"], abs=1e-6)
+    assert float(alone.wer) == pytest.approx(min(one["wer"] for one in curve[1:]), abs=1e-6)
+    told = json.loads(s3_store.read_bytes(f"{alone.model_uri}/attune.json"))
+    assert [one["modelId"] for one in told["history"]] == ["ft:tiny:123456", "ft:tiny:abcdef"]
+    assert [one["name"] for one in told["history"][0]["datasets"]] == ["calls", "colours"]
+    assert told["history"][0]["baseDigest"] == first.model_digest
+
+    stop = threading.Event()
+    recipe = recipe_for(key_prefix, **changes)
+    with pytest.raises(Terminated):
+        run(make_context(recipe, stop=stop, reporter=Watcher(4, stop.set), work_directory=tmp_path / "first"))
+    watcher, result = go_on(make_context, recipe, tmp_path / "second")
+    assert watcher.seen[0] > 4
+    assert (result.wer, result.old_wer, result.steps) == (alone.wer, alone.old_wer, alone.steps)
+    assert result.adapter_digest == alone.adapter_digest
 
 
 def train_in_two_processes(

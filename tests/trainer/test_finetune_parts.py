@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from attune.contract.exitcode import ExitCode
-from attune.contract.job import DatasetInput, FinetuneRecipe, PrepareRecipe, Split
+from attune.contract.job import FinetuneRecipe
 from attune.contract.training import (
     Augmentation,
     Checkpointing,
@@ -28,13 +28,12 @@ from attune.contract.training import (
     Precision,
 )
 from attune_trainer.augmentation.augmenter import Augmenter
-from attune_trainer.data.dataset import load_split
 from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure, StoreUnavailable
 from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.modeling.buckets import BUCKETS
 from attune_trainer.modeling.whisper import Whisper, load_whisper
-from attune_trainer.recipes import finetune, prepare
+from attune_trainer.recipes import finetune
 from attune_trainer.store import Store, digest_directory
 from attune_trainer.training import checkpoints
 from attune_trainer.training.adapters import Adapters
@@ -62,7 +61,6 @@ from tokenizers import normalizers
 from transformers import WhisperForConditionalGeneration
 
 from tests.trainer.server_process import wait_until
-from tests.trainer.test_prepare import good_audio, line, recipe, upload
 from tests.trainer.tiny_whisper import build_tiny_whisper
 
 
@@ -689,73 +687,6 @@ class TestCheckpoints:
         shutil.rmtree(found)
 
 
-class TestInputs:
-    def test_what_one_dataset_holds_out_is_not_trained_on_for_another(
-        self, s3_store: Store, key_prefix: str, make_context: Callable[..., RecipeContext]
-    ) -> None:
-        upload(s3_store, f"{key_prefix}/in", [line(number) for number in range(40)], good_audio(40))
-        datasets = []
-        for seed in (1, 2):
-            rule = {"by": "Speaker", "validation": "0.2", "holdout": "0.2", "seed": seed}
-            context = make_context(recipe(key_prefix, splits=rule))
-            assert isinstance(context.spec.recipe, PrepareRecipe)
-            prepared = prepare.run(context.spec.recipe, context)
-            datasets.append(DatasetInput(name=f"seed-{seed}", revision=prepared.revision, uri=prepared.uri))
-        train = finetune._utterances(context, datasets, Split.TRAIN, (0.0, 1.0))
-        apart = [
-            one
-            for dataset in datasets
-            for split in ("Validation", "Holdout")
-            for one in load_split(s3_store, dataset, Split(split))
-        ]
-        assert train
-        assert not {one.text for one in train} & {one.text for one in apart}
-        alone = finetune._utterances(context, datasets[:1], Split.TRAIN, (0.0, 1.0))
-        assert len(alone) == prepared.splits.train.utterances == 24
-
-    def test_babble_needs_talkers(self, make_context: Callable[..., RecipeContext]) -> None:
-        context = make_context(bare_recipe(augmentation={"noise": {"kinds": ["White", "Babble"]}}))
-        assert isinstance(context.spec.recipe, FinetuneRecipe)
-        with pytest.raises(InvalidInput, match=r"noise\.kinds has Babble.*the train split has 3") as raised:
-            finetune._fetch_recordings(context.spec.recipe, context, 3)
-        assert raised.value.reason == "TooFewTalkers"
-        assert finetune._fetch_recordings(context.spec.recipe, context, 4) == ((), ())
-
-
-def bare_recipe(**changes: Any) -> dict[str, Any]:
-    recipe = {
-        "recipe": "finetune",
-        "base": {"uri": "s3://attune/base"},
-        "datasets": [{"name": "calls", "revision": "sha256:" + "0" * 64, "uri": "s3://attune/calls/0"}],
-        "modelId": "ft:tiny:abcdef",
-        "outputPrefix": "models",
-        "checkpointPrefix": "checkpoints",
-    }
-    return recipe | changes
-
-
-class TestFingerprint:
-    def of(self, recordings: Sequence[Path] = (), **changes: Any) -> str:
-        recipe = FinetuneRecipe.model_validate(bare_recipe(**changes))
-        return finetune.mark_run(recipe, "sha256:" + "1" * 64, recordings)
-
-    def test_options_that_came_later_and_nobody_has_set_do_not_part_a_run_from_its_checkpoints(self) -> None:
-        assert self.of() == "788d7f6416fd6bcc72e5a6d1163b23113d9ed7dd6b5543f9e4a93ca80fb772a9"
-
-    def test_what_is_set_does(self) -> None:
-        speed = {"augmentation": {"speed": {}}}
-        marks = [
-            self.of(),
-            self.of(hyperparameters={"dropout": "0"}),
-            self.of(hyperparameters={"dropout": "0.1"}),
-            self.of(**speed),
-            self.of(augmentation={"speed": {"min": "0.8"}}),
-            self.of([Path("fan.flac")], **speed),
-            self.of([Path("street.flac")], **speed),
-        ]
-        assert len(set(marks)) == len(marks)
-
-
 class TestProcesses:
     @pytest.mark.parametrize(("pod", "processes", "each"), [("8", 1, "8"), ("8", 4, "2"), ("1", 4, "1")])
     def test_processes_share_the_threads_that_the_pod_may_have(
@@ -837,11 +768,10 @@ class TestPrecision:
 
 
 def finetune_recipe(**changes: Any) -> dict[str, Any]:
-    dataset = {"name": "calls", "revision": f"sha256:{'a' * 64}", "uri": "s3://attune/datasets/1"}
     recipe = {
         "recipe": "finetune",
         "base": {"uri": "s3://models/base"},
-        "datasets": [dataset],
+        "datasets": [dataset_input("a")],
         "modelId": "ft:base:abcdef",
         "outputPrefix": "out",
         "checkpointPrefix": "checkpoints",
@@ -849,8 +779,8 @@ def finetune_recipe(**changes: Any) -> dict[str, Any]:
     return recipe | changes
 
 
-# Of finetune_recipe() with early stopping, as computed before methods but Lora were there.
-MARK = "4a8f55985529a21136efd6042c6160dcd016b989f429e72dd23afaf36a7e26f0"
+def dataset_input(digit: str, **changes: Any) -> dict[str, Any]:
+    return {"name": "calls", "revision": f"sha256:{digit * 64}", "uri": "s3://attune/datasets/1"} | changes
 
 
 class TestRecipe:
@@ -864,21 +794,64 @@ class TestRecipe:
             finetune.run(context.spec.recipe, context)
         assert raised.value.reason == "PrecisionUnsupported"
 
-    def test_a_checkpoint_of_an_earlier_release_is_gone_on_from(self) -> None:
-        recipe = FinetuneRecipe.model_validate(finetune_recipe(earlyStopping={"patience": 2}))
-        assert finetune.mark_run(recipe, f"sha256:{'b' * 64}") == MARK
+    def test_babble_needs_talkers(self, make_context: Callable[..., RecipeContext]) -> None:
+        context = make_context(finetune_recipe(augmentation={"noise": {"kinds": ["White", "Babble"]}}))
+        assert isinstance(context.spec.recipe, FinetuneRecipe)
+        with pytest.raises(InvalidInput, match=r"noise\.kinds has Babble.*the train split has 3") as raised:
+            finetune._fetch_recordings(context.spec.recipe, context, 3)
+        assert raised.value.reason == "TooFewTalkers"
+        assert finetune._fetch_recordings(context.spec.recipe, context, 4) == ((), ())
+
+
+class TestFingerprint:
+    def of(self, recordings: Sequence[Path] = (), base: str = "b", **changes: Any) -> str:
+        recipe = FinetuneRecipe.model_validate(finetune_recipe(**changes))
+        return finetune.mark_run(recipe, f"sha256:{base * 64}", recordings)
 
     @pytest.mark.parametrize(
-        "changes",
+        ("mark", "base", "changes"),
         [
-            {"method": "Full"},
-            {"method": "QLora"},
-            {"lora": {"variant": "Dora"}},
-            {"lora": {"targetModules": ["fc1"]}},
-            {"hyperparameters": {"gradientAccumulation": 2}},
-            {"distributed": {"deepspeed": {"zeroStage": 3}}},
+            (
+                "4a8f55985529a21136efd6042c6160dcd016b989f429e72dd23afaf36a7e26f0",
+                "b",
+                {"earlyStopping": {"patience": 2}},
+            ),
+            (
+                "788d7f6416fd6bcc72e5a6d1163b23113d9ed7dd6b5543f9e4a93ca80fb772a9",
+                "1",
+                {"datasets": [dataset_input("0")]},
+            ),
         ],
     )
-    def test_a_checkpoint_of_another_course_is_not(self, changes: dict[str, Any]) -> None:
-        plain, changed = (FinetuneRecipe.model_validate(finetune_recipe(**one)) for one in ({}, changes))
-        assert finetune.mark_run(plain, "sha256:b") != finetune.mark_run(changed, "sha256:b")
+    def test_a_checkpoint_of_an_earlier_release_is_gone_on_from(
+        self, mark: str, base: str, changes: dict[str, Any]
+    ) -> None:
+        """Options that came later have no part in a run that does not set them; these marks are from before."""
+        assert self.of(base=base, **changes) == mark
+
+    def test_one_of_another_course_is_not(self) -> None:
+        speed = {"augmentation": {"speed": {}}}
+        old = {"dataset": dataset_input("c")}
+        marks = [
+            self.of(),
+            self.of(base="c"),
+            self.of(datasets=[dataset_input("0")]),
+            self.of(datasets=[dataset_input("a", weight="2")]),
+            self.of(datasetTemperature="2"),
+            self.of(method="Full"),
+            self.of(method="QLora"),
+            self.of(lora={"variant": "Dora"}),
+            self.of(lora={"targetModules": ["fc1"]}),
+            self.of(hyperparameters={"gradientAccumulation": 2}),
+            self.of(hyperparameters={"dropout": "0"}),
+            self.of(hyperparameters={"dropout": "0.1"}),
+            self.of(distributed={"deepspeed": {"zeroStage": 3}}),
+            self.of(retention=old | {"replay": {}}),
+            self.of(retention=old | {"replay": {"ratio": "0.5"}}),
+            self.of(retention=old | {"ewc": {"lambda": "1"}}),
+            self.of(**speed),
+            self.of(augmentation={"speed": {"min": "0.8"}}),
+            self.of([Path("fan.flac")], **speed),
+            self.of([Path("street.flac")], **speed),
+        ]
+        assert len(set(marks)) == len(marks)

@@ -8,6 +8,7 @@ from attune.api.meta import (
     IMMUTABLE,
     NAME_IS_A_LABEL,
     LocalRef,
+    ModelSource,
     PodResources,
     Resource,
     SpecModel,
@@ -15,7 +16,7 @@ from attune.api.meta import (
     StatusModel,
     cel,
 )
-from attune.contract.base import DecimalString, Uri
+from attune.contract.base import DecimalString, between
 from attune.contract.training import (
     RT60_MAX_SECONDS,
     RT60_MIN_SECONDS,
@@ -23,11 +24,14 @@ from attune.contract.training import (
     Checkpointing,
     Distributed,
     EarlyStopping,
+    Ewc,
     Hyperparameters,
     Lora,
+    LoraVariant,
     Method,
     Padding,
     Precision,
+    Replay,
 )
 
 _LORA = Lora()
@@ -84,10 +88,77 @@ _AUGMENTATION_RULES = cel(
 )
 
 
-class BaseModelSource(SpecModel):
-    """The model to start from."""
+class TrainingDataset(LocalRef):
+    """A Dataset that is trained on."""
 
-    uri: Uri = Field(description="Files of a model: s3://bucket/prefix or hf://organisation/name.")
+    weight: Annotated[DecimalString, between("0.001", "1000")] | None = Field(
+        default=None,
+        description=(
+            "Multiplies the share of an epoch's audio that the Dataset gets by its size. An epoch stays as long as all "
+            "Datasets together: weight 2 beside another Dataset of the same size is two thirds of it."
+        ),
+    )
+
+
+class ReplaySpec(Replay):
+    """Trains on audio of an old domain beside the new one."""
+
+    dataset_ref: LocalRef = Field(description="The Dataset of the old domain.")
+
+
+class EwcSpec(Ewc):
+    """Holds on to the weights that an old domain depends on. It supports replay and is no substitute for it."""
+
+    dataset_ref: LocalRef | None = Field(
+        default=None, description="The Dataset of the old domain; replay's where both are given."
+    )
+
+
+class RetentionSpec(SpecModel):
+    """What is done so that an old domain is not forgotten. Its validation split is transcribed after each epoch too."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("has(self.replay) || has(self.ewc)", "replay, ewc or both must be given"),
+            (
+                "!has(self.ewc) || has(self.replay) != has(self.ewc.datasetRef)",
+                "ewc.datasetRef must be given without replay, and only then: replay names the Dataset already",
+            ),
+        )
+    )
+
+    replay: ReplaySpec | None = Field(default=None, description="Trains on audio of the old domain as well.")
+    ewc: EwcSpec | None = Field(default=None, description="Elastic weight consolidation.")
+
+    @property
+    def dataset_ref(self) -> LocalRef | None:
+        """The Dataset of the old domain."""
+        if self.replay is not None:
+            return self.replay.dataset_ref
+        return self.ewc.dataset_ref if self.ewc is not None else None
+
+
+def _immutable_if_any(*names: str) -> tuple[tuple[str, str], ...]:
+    """Gives rules for optional fields: not even their presence changes, which a rule on the field itself cannot see."""
+    return tuple(
+        (
+            f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
+            f"{name} is immutable: create a new resource instead",
+        )
+        for name in names
+    )
+
+
+def _not_trained_on(way: str) -> tuple[str, str]:
+    """Gives the rule that the Dataset of the old domain is none of those that are trained on."""
+    reference = f"self.retention.{way}.datasetRef"
+    return (
+        (
+            f"!has(self.retention) || !has(self.retention.{way}) || !has({reference}) || "
+            f"!self.datasets.exists(one, one.name == {reference}.name)"
+        ),
+        f"the Dataset of retention.{way} is in datasets already, and so not forgotten; take it out of one of them",
+    )
 
 
 class FineTuneSpec(SpecModel):
@@ -95,19 +166,23 @@ class FineTuneSpec(SpecModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
+            *_immutable_if_any("earlyStopping", "augmentation", "datasetTemperature", "retention"),
             (
-                (
-                    "has(self.earlyStopping) == has(oldSelf.earlyStopping) && "
-                    "(!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping)"
-                ),
-                "earlyStopping is immutable: create a new resource instead",
+                "!has(self.datasetTemperature) || size(self.datasets) > 1",
+                "datasetTemperature needs at least two datasets",
+            ),
+            _not_trained_on("replay"),
+            _not_trained_on("ewc"),
+            (
+                "!has(self.retention) || !has(self.retention.ewc) || self.distributed.deepspeed.zeroStage < 3",
+                "retention.ewc needs whole weights in every process: zeroStage must be 2 or less",
             ),
             (
                 (
-                    "has(self.augmentation) == has(oldSelf.augmentation) && "
-                    "(!has(self.augmentation) || self.augmentation == oldSelf.augmentation)"
+                    "!has(self.retention) || !has(self.retention.ewc) || !has(self.lora.variant) || "
+                    f"self.lora.variant != '{LoraVariant.DORA}'"
                 ),
-                "augmentation is immutable: create a new resource instead",
+                "retention.ewc cannot tell how far Dora moves weights: choose another lora.variant, or replay alone",
             ),
             (
                 f"self.method != '{Method.FULL}' || ({_LORA_UNTOUCHED})",
@@ -124,14 +199,24 @@ class FineTuneSpec(SpecModel):
         )
     )
 
-    base_model: BaseModelSource = Field(description="The model to start from.", json_schema_extra=cel(IMMUTABLE))
-    datasets: Annotated[list[LocalRef], Field(min_length=1, max_length=8)] = Field(
+    base_model: ModelSource = Field(
+        description="The model to start from: files, or what another FineTune has made.",
+        json_schema_extra=cel(IMMUTABLE),
+    )
+    datasets: Annotated[list[TrainingDataset], Field(min_length=1, max_length=8)] = Field(
         description="Datasets whose train splits are trained on.",
         json_schema_extra={
             **cel(IMMUTABLE),
             "x-kubernetes-list-type": "map",
             "x-kubernetes-list-map-keys": ["name"],
         },
+    )
+    dataset_temperature: Annotated[DecimalString, between("1", "100")] | None = Field(
+        default=None,
+        description=(
+            "Flattens the shares of Datasets of different sizes: each gets its size to the power of 1 / temperature. "
+            "1, as without it, is by size; 100 is as good as equal shares."
+        ),
     )
     method: Method = Field(
         default=Method.LORA,
@@ -162,6 +247,9 @@ class FineTuneSpec(SpecModel):
             "Changes training audio anew in each epoch, in the order of its fields; validation hears what was recorded."
         ),
         json_schema_extra=_AUGMENTATION_RULES,
+    )
+    retention: RetentionSpec | None = Field(
+        default=None, description="Keeps the model from forgetting what it heard well before."
     )
     distributed: Distributed = Field(
         default_factory=Distributed, description="Processes that train together.", json_schema_extra=cel(IMMUTABLE)
@@ -215,12 +303,24 @@ class LineageDataset(StatusModel):
     uri: str = Field(max_length=1024, description="Folder of that revision.")
 
 
+class LineageParent(StatusModel):
+    """The FineTune that made the base model; attune.json beside the model tells of all generations."""
+
+    name: str = Field(max_length=63, description="Name of the FineTune.")
+    model_id: str | None = Field(default=None, max_length=128, description="Its modelId.")
+    digest: str = Field(max_length=71, description="Digest of its merged model, which is the base here.")
+    adapter_uri: str | None = Field(default=None, max_length=1024, description="Folder of its adapter.")
+    adapter_digest: str | None = Field(default=None, max_length=71, description="Digest of its adapter's files.")
+
+
 class Lineage(StatusModel):
     """Where the model comes from."""
 
     base_uri: str = Field(max_length=1024, description="The base model.")
     base_digest: str | None = Field(default=None, max_length=71, description="Digest of the base model's files.")
+    parent: LineageParent | None = Field(default=None, description="The FineTune that made the base model, if one did.")
     datasets: list[LineageDataset] = Field(default=[], max_length=8, description="What it was trained on.")
+    retained: LineageDataset | None = Field(default=None, description="The Dataset of the old domain.")
 
 
 class FineTuneMetrics(StatusModel):
@@ -228,6 +328,12 @@ class FineTuneMetrics(StatusModel):
 
     baseline_wer: DecimalString = Field(description="Word error rate of the base model, as a fraction.")
     wer: DecimalString = Field(description="Word error rate of the tuned model, as a fraction.")
+    old_baseline_wer: DecimalString | None = Field(
+        default=None, description="Word error rate of the base model on the validation split of the old domain."
+    )
+    old_wer: DecimalString | None = Field(
+        default=None, description="Word error rate of the tuned model on the validation split of the old domain."
+    )
 
 
 class Usage(StatusModel):
@@ -246,6 +352,7 @@ class FineTuneStatus(Status):
     model: ModelStatus | None = Field(default=None, description="What the run made.")
     lineage: Lineage | None = Field(default=None, description="Where the model comes from.")
     metrics: FineTuneMetrics | None = Field(default=None, description="Validation figures.")
+    curve: str | None = Field(default=None, max_length=1024, description="Address of the figures after every epoch.")
     usage: Usage | None = Field(default=None, description="What the run took.")
     job_name: str | None = Field(default=None, max_length=63, description="The run's Job.")
 
@@ -270,6 +377,10 @@ class FineTune(Resource):
     RULES: ClassVar[tuple[tuple[str, str], ...]] = (
         ("size(self.metadata.name) <= 52", "the name must have at most 52 characters"),
         NAME_IS_A_LABEL,
+        (
+            "!has(self.spec.baseModel.fineTuneRef) || self.spec.baseModel.fineTuneRef.name != self.metadata.name",
+            "baseModel.fineTuneRef must name another FineTune",
+        ),
     )
 
     spec: FineTuneSpec

@@ -12,10 +12,12 @@ from attune.contract.training import (
     Checkpointing,
     Distributed,
     EarlyStopping,
+    Ewc,
     Hyperparameters,
     Lora,
     Method,
     Padding,
+    Replay,
 )
 
 
@@ -90,12 +92,28 @@ class ModelInput(ContractModel):
     model_id: str | None = None
 
 
+class TrainingInput(DatasetInput):
+    """A Dataset to be trained on. weight multiplies what its size, or the temperature, gives it; absent is 1."""
+
+    weight: DecimalString | None = None
+
+
+class Retention(ContractModel):
+    """An old domain that is not to be forgotten, and by which means. At least one of replay and ewc is given."""
+
+    dataset: DatasetInput
+    replay: Replay | None = None
+    ewc: Ewc | None = None
+
+
 class FinetuneRecipe(ContractModel):
     """Base model + training splits -> a model, and the adapter that makes it of the base where there is one."""
 
     recipe: Literal["finetune"] = "finetune"
     base: ModelInput
-    datasets: list[DatasetInput]
+    datasets: list[TrainingInput]
+    dataset_temperature: DecimalString | None = None  # absent is 1: each Dataset by its size
+    retention: Retention | None = None
     method: Method = Method.LORA
     lora: Lora = Field(default_factory=Lora)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)

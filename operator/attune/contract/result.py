@@ -80,7 +80,8 @@ class PrepareResult(ContractModel):
 class FinetuneResult(ContractModel):
     """What came out of finetune. WERs are of the validation split, in the serving configuration, as fractions.
 
-    There is no adapter where all weights were trained.
+    There is no adapter where all weights were trained. curve_uri has the word error rates after every epoch, as JSON;
+    the first entry is the base model's.
     """
 
     recipe: Literal["finetune"] = "finetune"
@@ -93,12 +94,16 @@ class FinetuneResult(ContractModel):
     padding: Padding
     baseline_wer: DecimalString
     wer: DecimalString
+    # Of the retained Dataset's validation split, with retention only.
+    old_baseline_wer: DecimalString | None = None
+    old_wer: DecimalString | None = None
     steps: int
     epochs: DecimalString
     training_seconds: int
     gpu_seconds: int
     audio_seconds_per_second: DecimalString
     stopped_early: bool = False
+    curve_uri: str | None = None
 
 
 class LeaderboardRow(ContractModel):

@@ -284,6 +284,32 @@ class EarlyStopping(ContractModel):
     )
 
 
+class Replay(ContractModel):
+    """Utterances of an old domain that are trained on beside the new ones, so that it is not forgotten."""
+
+    ratio: Annotated[DecimalString, between("0.01", "0.9")] = Field(
+        default="0.25", description="Share of each epoch's audio that is drawn from the old Dataset's train split."
+    )
+
+
+class Ewc(ContractModel):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): holds on to what the old domain depends on."""
+
+    strength: Annotated[DecimalString, between("0.001", "1000000")] = Field(
+        alias="lambda",
+        description=(
+            "Weight of the penalty on changed weights. What is penalised is relative to the weights themselves, so "
+            "that one value suits models of any size."
+        ),
+    )
+    samples: int = Field(
+        default=200,
+        ge=1,
+        le=10000,
+        description="Utterances of the old Dataset's train split from which it is estimated what it depends on.",
+    )
+
+
 class Checkpointing(ContractModel):
     """When the state of a run is saved, so that a lost pod costs little."""
 

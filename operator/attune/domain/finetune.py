@@ -1,4 +1,4 @@
-"""FineTune: Datasets, fixed at their revisions -> a finetune Job -> a model."""
+"""FineTune: a base model and Datasets, fixed at their revisions -> a finetune Job -> a model."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,14 +10,15 @@ from attune.api.finetune import (
     FineTuneStatus,
     Lineage,
     LineageDataset,
+    LineageParent,
     ModelStatus,
     ProgressMetric,
     ProgressStatus,
     Usage,
 )
-from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput
+from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput, Retention, TrainingInput
 from attune.contract.result import FinetuneResult, Progress
-from attune.contract.training import Checkpointing
+from attune.contract.training import Checkpointing, Ewc, Replay
 from attune.domain.actions import EnsureJob, Plan
 from attune.domain.conditions import State
 from attune.domain.jobs import (
@@ -65,8 +66,22 @@ class ObservedDatasetRef:
 
 
 @dataclass(frozen=True)
+class ObservedFineTuneRef:
+    """A FineTune that another resource names. model and adapter are there when it is Ready, that is, finished."""
+
+    name: str
+    availability: Availability
+    model: ModelInput | None = None
+    adapter: ModelInput | None = None
+
+
+@dataclass(frozen=True)
 class ObservedFineTune:
-    """A FineTune, the Datasets that it names (in the order of the spec), its Jobs, and how far its pod says it is."""
+    """A FineTune, what it names, its Jobs, and how far its pod says it is.
+
+    datasets are those of the spec, in its order; retained is the one of the old domain, parent the FineTune that makes
+    the base model.
+    """
 
     resource: FineTune
     datasets: tuple[ObservedDatasetRef, ...]
@@ -74,10 +89,12 @@ class ObservedFineTune:
     now: datetime
     surroundings: Surroundings
     progress: Progress | None = None
+    retained: ObservedDatasetRef | None = None
+    parent: ObservedFineTuneRef | None = None
 
 
 def decide_finetune(observed: ObservedFineTune) -> Plan:
-    """Decides the next step of a FineTune: wait for its Datasets, fix their revisions, train, take the result."""
+    """Decides the next step of a FineTune: wait for its inputs, fix them as they are, train, take the result."""
     tune = observed.resource
     status = tune.status
     fixed = _find_fixed(tune)
@@ -102,53 +119,100 @@ def decide_finetune(observed: ObservedFineTune) -> Plan:
     return build_plan(tune, status, course.standing, observed.now, course.actions, look_again)
 
 
-def _find_fixed(tune: FineTune) -> tuple[LineageDataset, ...] | None:
-    """Gives the revisions that an earlier pass fixed for exactly these Datasets."""
-    lineage = tune.status.lineage
-    if lineage is None or [one.name for one in lineage.datasets] != [one.name for one in tune.spec.datasets]:
+def _find_fixed(tune: FineTune) -> Lineage | None:
+    """Gives the inputs that an earlier pass fixed for exactly this spec."""
+    lineage, spec = tune.status.lineage, tune.spec
+    if lineage is None or [one.name for one in lineage.datasets] != [one.name for one in spec.datasets]:
         return None
-    return tuple(lineage.datasets)
+    old, parent = _name_of_retained(tune), spec.base_model.fine_tune_ref
+    if (lineage.retained.name if lineage.retained is not None else None) != old:
+        return None
+    if parent is not None:
+        return lineage if lineage.parent is not None and lineage.parent.name == parent.name else None
+    return lineage if lineage.parent is None and lineage.base_uri == spec.base_model.uri else None
+
+
+def _name_of_retained(tune: FineTune) -> str | None:
+    reference = tune.spec.retention.dataset_ref if tune.spec.retention is not None else None
+    return reference.name if reference is not None else None
 
 
 def _decide_inputs(observed: ObservedFineTune) -> Plan:
-    """Waits for the Datasets, then writes down their revisions; the Job follows once that is stored.
+    """Waits for the inputs, then writes down what they are now; the Job follows once that is stored.
 
-    A Dataset may get a new revision at any time; were the revision fixed by the Job alone, an operator that is killed
-    between creating the Job and writing the status would start a second run on the new one.
+    A Dataset may get a new revision at any time, and a FineTune of the same name another model; were they fixed by the
+    Job alone, an operator that is killed between creating the Job and writing the status would start a second run on
+    the new ones.
     """
     tune = observed.resource
     if tune.spec.suspend:
         held = Standing(_RUN.pending, SUSPENDED, SUSPENDED, "spec.suspend is true; set it to false to go on")
         return build_plan(tune, tune.status, held, observed.now, ())
-    for dataset in observed.datasets:
-        blocked = describe_availability("Dataset", dataset.name, dataset.availability)
+    inputs = [("Dataset", one.name, one.availability) for one in (*observed.datasets, observed.retained) if one]
+    if observed.parent is not None:
+        inputs.append(("FineTune", observed.parent.name, observed.parent.availability))
+    for kind, name, availability in inputs:
+        blocked = describe_availability(kind, name, availability)
         if blocked is not None:
             reason, message = blocked
-            warning = dataset.availability != "NotReady"
+            warning = availability != "NotReady"
             state: State = "False" if warning else _RUN.pending
             waiting = Standing(state, "Pending", reason, message, working=True, warning=warning)
             return build_plan(tune, tune.status, waiting, observed.now, ())
-    lineage = Lineage(
-        base_uri=tune.spec.base_model.uri,
-        datasets=[
-            LineageDataset(name=one.name, revision=one.revision or "", uri=one.uri or "") for one in observed.datasets
-        ],
-    )
+    lineage = _fix_inputs(observed)
     names = ", ".join(one.name for one in observed.datasets)
-    fixed = Standing(_RUN.pending, "Pending", DATASETS_FIXED, f"trains on {names} as prepared now", working=True)
+    message = f"trains on {names} as prepared now"
+    if lineage.parent is not None:
+        message += f", from the model {lineage.parent.model_id or lineage.parent.name}"
+    fixed = Standing(_RUN.pending, "Pending", DATASETS_FIXED, message, working=True)
     status = tune.status.model_copy(update={"lineage": lineage})
     return build_plan(tune, status, fixed, observed.now, (), look_again_seconds=0)
 
 
-def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> EnsureJob:
-    """Builds the wish for the Job that trains this spec on these revisions.
+def _fix_inputs(observed: ObservedFineTune) -> Lineage:
+    """Writes down what the inputs are now; all of them are available."""
+
+    def fix(dataset: ObservedDatasetRef) -> LineageDataset:
+        return LineageDataset(name=dataset.name, revision=dataset.revision or "", uri=dataset.uri or "")
+
+    base = ModelInput(uri=observed.resource.spec.base_model.uri or "")
+    parent = None
+    if observed.parent is not None and observed.parent.model is not None:
+        base, adapter = observed.parent.model, observed.parent.adapter
+        parent = LineageParent(
+            name=observed.parent.name,
+            model_id=base.model_id,
+            digest=base.digest or "",
+            adapter_uri=adapter.uri if adapter is not None else None,
+            adapter_digest=adapter.digest if adapter is not None else None,
+        )
+    return Lineage(
+        base_uri=base.uri,
+        base_digest=base.digest,
+        parent=parent,
+        datasets=[fix(one) for one in observed.datasets],
+        retained=fix(observed.retained) if observed.retained is not None else None,
+    )
+
+
+def build_finetune_job(tune: FineTune, fixed: Lineage) -> EnsureJob:
+    """Builds the wish for the Job that trains this spec on these inputs.
 
     Checkpointing is how, not what: a change of it makes a new Job of the same run, which goes on from the checkpoints.
     """
-    spec, owner = tune.spec, tune.owner()
+    spec, owner, parent = tune.spec, tune.owner(), fixed.parent
     recipe = FinetuneRecipe(
-        base=ModelInput(uri=spec.base_model.uri),
-        datasets=[DatasetInput(name=one.name, revision=one.revision, uri=one.uri) for one in datasets],
+        base=(
+            ModelInput(uri=fixed.base_uri)
+            if parent is None
+            else ModelInput(uri=fixed.base_uri, digest=parent.digest, model_id=parent.model_id)
+        ),
+        datasets=[
+            TrainingInput(name=one.name, revision=one.revision, uri=one.uri, weight=wish.weight)
+            for one, wish in zip(fixed.datasets, spec.datasets, strict=True)
+        ],
+        dataset_temperature=spec.dataset_temperature,
+        retention=_build_retention(tune, fixed),
         method=spec.method,
         lora=spec.lora,
         hyperparameters=spec.hyperparameters,
@@ -166,7 +230,7 @@ def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> 
         recipe.model_copy(
             update={
                 "checkpoint": spec.checkpoint,
-                "model_id": build_model_id(spec.base_model.uri, run),
+                "model_id": build_model_id(fixed.base_uri, run, parent.model_id if parent is not None else None),
                 "output_prefix": build_key("models", owner, run),
                 "checkpoint_prefix": build_key("checkpoints", owner, run),
             }
@@ -179,9 +243,26 @@ def build_finetune_job(tune: FineTune, datasets: tuple[LineageDataset, ...]) -> 
     )
 
 
-def build_model_id(base_uri: str, run: str) -> str:
-    """Names a tuned model: ("s3://models/whisper-tiny.en/", "3f9c2a1b") -> "ft:whisper-tiny.en:3f9c2a"."""
+def _build_retention(tune: FineTune, fixed: Lineage) -> Retention | None:
+    wish, old = tune.spec.retention, fixed.retained
+    if wish is None or old is None:
+        return None
+    return Retention(
+        dataset=DatasetInput(name=old.name, revision=old.revision, uri=old.uri),
+        replay=Replay(ratio=wish.replay.ratio) if wish.replay is not None else None,
+        ewc=Ewc(strength=wish.ewc.strength, samples=wish.ewc.samples) if wish.ewc is not None else None,
+    )
+
+
+def build_model_id(base_uri: str, run: str, parent: str | None = None) -> str:
+    """Names a tuned model after the model that the first generation began with.
+
+    ("s3://models/whisper-tiny.en/", "3f9c2a1b") -> "ft:whisper-tiny.en:3f9c2a"; with the parent
+    "ft:whisper-tiny.en:3f9c2a" and the run "77d0e1b2" -> "ft:whisper-tiny.en:77d0e1".
+    """
     base = base_uri.rstrip("/").rpartition("/")[2].partition("@")[0]
+    if parent is not None:
+        base = parent.removeprefix("ft:").rpartition(":")[0] or base
     return f"ft:{base[:_BASE_CHARACTERS]}:{run[:6]}"
 
 
@@ -198,7 +279,13 @@ def _take_result(status: FineTuneStatus, result: FinetuneResult, job_name: str) 
                 padding=result.padding,
             ),
             "lineage": lineage.model_copy(update={"base_digest": result.base_digest}) if lineage is not None else None,
-            "metrics": FineTuneMetrics(baseline_wer=result.baseline_wer, wer=result.wer),
+            "metrics": FineTuneMetrics(
+                baseline_wer=result.baseline_wer,
+                wer=result.wer,
+                old_baseline_wer=result.old_baseline_wer,
+                old_wer=result.old_wer,
+            ),
+            "curve": result.curve_uri,
             "usage": Usage(
                 training_seconds=result.training_seconds,
                 gpu_seconds=result.gpu_seconds,
@@ -240,4 +327,6 @@ def _describe_trained(status: FineTuneStatus) -> Standing:
             f"{status.model_id}: word error rate {status.metrics.wer} on the validation split, "
             f"{status.metrics.baseline_wer} before"
         )
+        if status.metrics.old_wer is not None:
+            message += f"; {status.metrics.old_wer} on the old domain's, {status.metrics.old_baseline_wer} before"
     return Standing("True", "Succeeded", TRAINED, message)

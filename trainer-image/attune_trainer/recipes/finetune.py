@@ -1,5 +1,6 @@
 """finetune: a base model and training splits become a tuned model, and adapters where the method has them."""
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -7,22 +8,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from attune.contract.job import DatasetInput, FinetuneRecipe, Split
+from attune.contract.job import DatasetInput, FinetuneRecipe
 from attune.contract.result import FinetuneResult
 from attune.contract.training import Method, NoiseKind, Precision
 
 from attune_trainer.augmentation.augmenter import TALKERS
 from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
-from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
+from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
-from attune_trainer.store import digest_directory, fetch_model
+from attune_trainer.lineage import MAX_GENERATIONS, Generation, TrainedOn, read_history
+from attune_trainer.store import Store, digest_directory, fetch_model
 from attune_trainer.training import checkpoints
+from attune_trainer.training.corpus import choose_corpus
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
 from attune_trainer.training.settings import (
     ADAPTER_FOLDER,
+    CURVE_FILE,
     MODEL_FOLDER,
+    Keeping,
     TrainingSettings,
     TrainingUtterance,
     fingerprint,
@@ -88,9 +93,10 @@ class _Follower:
         if kind == "progress":
             self._context.reporter.update(**event)
         elif kind == "baseline":
-            self._context.reporter.update(metrics={"baselineWer": event["wer"]})
+            names = {"wer": "baselineWer", "oldWer": "oldBaselineWer"}
+            self._context.reporter.update(metrics={names[name]: value for name, value in event.items()})
         elif kind == "validated":
-            self._context.reporter.update(epoch=event["epoch"], metrics={"wer": event["wer"]})
+            self._context.reporter.update(epoch=event.pop("epoch"), metrics=event)
         elif kind == "checkpoint":
             self._uploads.append(self._pool.submit(self._upload, Path(event["folder"])))
         elif kind == "finished":
@@ -118,24 +124,24 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
     base = fetch_model(store, recipe.base.uri, context.directory("base"), recipe.base.digest)
     base_digest = recipe.base.digest or digest_directory(base)
     context.reporter.update(percent=3)
-    languages = {load_manifest(store, dataset).language for dataset in recipe.datasets}
-    if len(languages) != 1:
-        message = f"the Datasets are in several languages ({', '.join(sorted(languages))}); tune one model for each"
-        raise InvalidInput("MixedLanguages", message)
-    train = _utterances(context, recipe.datasets, Split.TRAIN, (3.0, 8.0))
-    validation = _utterances(context, recipe.datasets, Split.VALIDATION, (8.0, 9.0))
-    noises, rooms = _fetch_recordings(recipe, context, len(train))
+    history = read_history(base)
+    language = _read_language(store, recipe)
+    corpus = choose_corpus(store, recipe, history)
+    folder = context.directory("audio")
+    _fetch_audio(context, corpus.utterances(), folder, (3.0, 9.0))
+    noises, rooms = _fetch_recordings(recipe, context, len(corpus.train))
     mark = mark_run(recipe, base_digest, (*noises, *rooms))
     resume = checkpoints.download_newest(store, recipe.checkpoint_prefix, context.directory("resume"), mark)
     # An attempt of the same pod that died may have left some.
     shutil.rmtree(context.directory("checkpoints"))
+    retention = recipe.retention
     settings = TrainingSettings(
         base=base,
         base_uri=recipe.base.uri,
         model_id=recipe.model_id,
-        language=languages.pop(),
-        train=train,
-        validation=validation,
+        language=language,
+        train=tuple(_local(one, folder, part) for part, one in corpus.train),
+        validation=tuple(_local(one, folder) for one in corpus.validation),
         method=recipe.method,
         lora=recipe.lora,
         hyperparameters=recipe.hyperparameters,
@@ -151,24 +157,17 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         augmentation=recipe.augmentation,
         noises=noises,
         rooms=rooms,
+        mixture=corpus.mixture,
+        keeping=Keeping(
+            validation=tuple(_local(one, folder) for one in corpus.old_validation),
+            ewc=retention.ewc,
+            sample=tuple(_local(one, folder) for one in corpus.sample),
+        )
+        if retention is not None
+        else None,
+        history=(_describe_generation(recipe, base_digest), *history)[:MAX_GENERATIONS],
     )
     return settings, base_digest
-
-
-def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path] = ()) -> str:
-    """Gives what a checkpoint must carry for this run to go on from it.
-
-    Options that are not set have no part in it, so that the run goes on where another release of this image began it.
-    """
-    parts = (recipe.lora, recipe.hyperparameters, recipe.distributed, recipe.early_stopping, recipe.augmentation)
-    return fingerprint(
-        base_digest,
-        *(dataset.revision for dataset in recipe.datasets),
-        *(part.model_dump_json(exclude_none=True) for part in parts if part is not None),
-        recipe.padding,
-        *(() if recipe.method is Method.LORA else (recipe.method,)),
-        *(file.stem for file in recordings),
-    )
 
 
 def _fetch_recordings(
@@ -211,50 +210,76 @@ def _fetch_recordings(
     return noises, rooms
 
 
-def _utterances(
-    context: RecipeContext, datasets: Sequence[DatasetInput], split: Split, percent: tuple[float, float]
-) -> tuple[TrainingUtterance, ...]:
-    """Downloads the audio of a split of all datasets.
+def _read_language(store: Store, recipe: FinetuneRecipe) -> str:
+    """Gives the language of all Datasets, the old domain's included.
 
     Raises:
-        InvalidInput: EmptySplit.
+        InvalidInput: MixedLanguages.
     """
-    found: list[Utterance] = []
-    for dataset in datasets:
-        found += load_split(context.store, dataset, split)
-    if split is Split.TRAIN and len(datasets) > 1:
-        found = _without_held_out(context, datasets, found)
-    if not found:
-        message = f"the {split.value} split is empty; give the Dataset more audio, or other shares in spec.splits"
-        raise InvalidInput("EmptySplit", message)
-    folder = context.directory("audio")
+    languages = {load_manifest(store, dataset).language for dataset in _all_datasets(recipe)}
+    if len(languages) != 1:
+        message = f"the Datasets are in several languages ({', '.join(sorted(languages))}); tune one model for each"
+        raise InvalidInput("MixedLanguages", message)
+    return languages.pop()
+
+
+def _all_datasets(recipe: FinetuneRecipe) -> list[DatasetInput]:
+    return [*recipe.datasets, *([recipe.retention.dataset] if recipe.retention is not None else [])]
+
+
+def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path] = ()) -> str:
+    """Gives what a checkpoint must carry for this run to go on from it.
+
+    Options that are not set have no part in it, so that the run goes on where another release of this image began it.
+    """
+    parts = (
+        recipe.lora,
+        recipe.hyperparameters,
+        recipe.distributed,
+        recipe.early_stopping,
+        recipe.augmentation,
+        recipe.retention,
+    )
+    shares = (recipe.dataset_temperature, *(one.weight for one in recipe.datasets))
+    return fingerprint(
+        base_digest,
+        *(dataset.revision for dataset in recipe.datasets),
+        *(part.model_dump_json(exclude_none=True) for part in parts if part is not None),
+        recipe.padding,
+        *(() if recipe.method is Method.LORA else (recipe.method,)),
+        *((json.dumps(shares),) if any(shares) else ()),
+        *(file.stem for file in recordings),
+    )
+
+
+def _describe_generation(recipe: FinetuneRecipe, base_digest: str) -> Generation:
+    retention = recipe.retention
+    heard = _all_datasets(recipe) if retention is not None and retention.replay is not None else recipe.datasets
+    return Generation(
+        model_id=recipe.model_id,
+        base_model=recipe.base.uri,
+        base_digest=base_digest,
+        datasets=tuple(TrainedOn(name=one.name, revision=one.revision, uri=one.uri) for one in heard),
+    )
+
+
+def _fetch_audio(
+    context: RecipeContext, utterances: Sequence[Utterance], folder: Path, percent: tuple[float, float]
+) -> None:
+    """Downloads the audio of utterances."""
     low, high = percent
 
     def report(fetched: int) -> None:
         context.raise_if_stopped()
-        context.reporter.update(percent=low + (high - low) * fetched / len(found))
+        context.reporter.update(percent=low + (high - low) * fetched / len(utterances))
 
-    fetch_audio(context.store, found, folder, report)
-    return tuple(
-        TrainingUtterance(audio=folder / audio_name(one.audio_digest), text=one.text, seconds=one.seconds)
-        for one in found
+    fetch_audio(context.store, utterances, folder, report)
+
+
+def _local(utterance: Utterance, folder: Path, part: int = 0) -> TrainingUtterance:
+    return TrainingUtterance(
+        audio=folder / audio_name(utterance.audio_digest), text=utterance.text, seconds=utterance.seconds, part=part
     )
-
-
-def _without_held_out(
-    context: RecipeContext, datasets: Sequence[DatasetInput], train: Sequence[Utterance]
-) -> list[Utterance]:
-    """Leaves out recordings that another of the datasets validates on or holds out; each was divided by itself."""
-    held_out = {
-        one.audio_digest
-        for dataset in datasets
-        for split in (Split.VALIDATION, Split.HOLDOUT)
-        for one in load_split(context.store, dataset, split)
-    }
-    kept = [one for one in train if one.audio_digest not in held_out]
-    if len(kept) < len(train):
-        _log.warning("utterances left out: another Dataset holds them out", extra={"count": len(train) - len(kept)})
-    return kept
 
 
 def _publish(
@@ -271,6 +296,8 @@ def _publish(
     has_adapter = adapter.is_dir()
     adapter_uri = context.store.upload_directory(adapter, f"{prefix}/{ADAPTER_FOLDER}") if has_adapter else None
     model_uri = context.store.upload_directory(model, f"{prefix}/{MODEL_FOLDER}")
+    curve_uri = context.store.upload_file(settings.output / CURVE_FILE, f"{prefix}/{CURVE_FILE}", "application/json")
+    old_wer, old_baseline_wer = outcome["old_wer"], outcome["old_baseline_wer"]
     seconds = round(outcome["training_seconds"])
     return FinetuneResult(
         model_id=recipe.model_id,
@@ -282,10 +309,13 @@ def _publish(
         padding=recipe.padding,
         baseline_wer=decimal_string(outcome["baseline_wer"]),
         wer=decimal_string(outcome["wer"]),
+        old_baseline_wer=None if old_baseline_wer is None else decimal_string(old_baseline_wer),
+        old_wer=None if old_wer is None else decimal_string(old_wer),
         steps=outcome["steps"],
         epochs=decimal_string(outcome["epochs"]),
         training_seconds=seconds,
         gpu_seconds=seconds * outcome["gpus"],
         audio_seconds_per_second=decimal_string(outcome["audio_seconds_per_second"], 3),
         stopped_early=outcome["stopped_early"],
+        curve_uri=curve_uri,
     )

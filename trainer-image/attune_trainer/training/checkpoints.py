@@ -20,6 +20,15 @@ BEST_FILE: Final = "best.safetensors"
 ENGINE_FOLDER: Final = "engine"
 
 
+class Validation(BaseModel):
+    """What a validation gave: word error rates as fractions, wer and, where an old domain is kept, oldWer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int  # epochs done; 0 is the base model
+    metrics: dict[str, float]
+
+
 class TrainingState(BaseModel):
     """Where a run stands, beside the weights and the optimiser's state.
 
@@ -35,6 +44,7 @@ class TrainingState(BaseModel):
         step_seconds: time in optimiser steps so far, over all attempts.
         training_seconds: the same with validation.
         stopped_early: whether early stopping has ended the run.
+        validations: of the base model, and after every epoch so far.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +62,7 @@ class TrainingState(BaseModel):
     step_seconds: float = 0.0
     training_seconds: float = 0.0
     stopped_early: bool = False
+    validations: tuple[Validation, ...] = ()
 
 
 def seal(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from attune.contract.training import Padding
 
+from attune_trainer.lineage import Generation
 from attune_trainer.modeling.artifact import Artifact, write_artifact
 from attune_trainer.modeling.buckets import BUCKETS, fit_buckets
 from attune_trainer.modeling.whisper import Whisper
@@ -29,11 +30,19 @@ def is_stored_in_fp32(folder: Path) -> bool:
 
 
 def describe_artifact(
-    whisper: Whisper, padding: Padding, *, base_uri: str, model_id: str, language: str | None
+    whisper: Whisper,
+    padding: Padding,
+    *,
+    base_uri: str,
+    model_id: str,
+    language: str | None,
+    history: tuple[Generation, ...] = (),
 ) -> Artifact:
     """Says how the tuned model wants its audio and where it comes from."""
     buckets = fit_buckets(BUCKETS, whisper.window_seconds) if padding is Padding.BUCKETS else ()
-    return Artifact(padding=padding, buckets=buckets, base_model=base_uri, model_id=model_id, language=language)
+    return Artifact(
+        padding=padding, buckets=buckets, base_model=base_uri, model_id=model_id, language=language, history=history
+    )
 
 
 def clean_generation(whisper: Whisper) -> None:

@@ -34,6 +34,11 @@ class TrainingBatch:
     tokens: TokenBatch
     bucket: float
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, decoder inputs and targets: what the loss takes."""
+        return self.features, self.tokens.inputs, self.tokens.targets
+
 
 class BatchLoader:
     """Loads batches in a thread of its own, a few ahead, and gives them in order.

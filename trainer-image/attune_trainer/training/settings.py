@@ -9,6 +9,7 @@ from attune.contract.training import (
     Checkpointing,
     Distributed,
     EarlyStopping,
+    Ewc,
     Hyperparameters,
     Lora,
     Method,
@@ -16,9 +17,13 @@ from attune.contract.training import (
 )
 from pydantic import BaseModel, ConfigDict
 
+from attune_trainer.lineage import Generation
+from attune_trainer.training.mixture import Mixture
+
 # Below TrainingSettings.output.
 MODEL_FOLDER: Final = "merged"
 ADAPTER_FOLDER: Final = "adapter"
+CURVE_FILE: Final = "curve.json"
 
 
 class TrainingUtterance(BaseModel):
@@ -28,6 +33,7 @@ class TrainingUtterance(BaseModel):
         audio: FLAC or WAV file, mono at 16 kHz.
         text: its transcript, as the model is to write it.
         seconds: duration.
+        part: what it is in a mixture: the number of its Dataset, or the number after the last one for the old domain.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +41,23 @@ class TrainingUtterance(BaseModel):
     audio: Path
     text: str
     seconds: float
+    part: int = 0
+
+
+class Keeping(BaseModel):
+    """What is known of an old domain that is not to be forgotten.
+
+    Attributes:
+        validation: transcribed after each epoch too.
+        ewc: how strongly weights are held; None not at all.
+        sample: what the old domain's need of the weights is estimated on; empty without ewc.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    validation: tuple[TrainingUtterance, ...]
+    ewc: Ewc | None = None
+    sample: tuple[TrainingUtterance, ...] = ()
 
 
 class TrainingSettings(BaseModel):
@@ -63,6 +86,9 @@ class TrainingSettings(BaseModel):
     augmentation: Augmentation | None = None
     noises: tuple[Path, ...] = ()  # own recordings for augmentation, mono at 16 kHz
     rooms: tuple[Path, ...] = ()  # own impulse responses, likewise
+    mixture: Mixture | None = None  # None trains on every utterance once an epoch
+    keeping: Keeping | None = None
+    history: tuple[Generation, ...] = ()  # of the model that comes out, itself first
 
 
 def fingerprint(*parts: str) -> str:

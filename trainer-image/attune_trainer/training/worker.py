@@ -6,13 +6,14 @@ are there.
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,6 @@ from attune.contract.exitcode import ExitCode
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from attune_trainer.augmentation.augmenter import Augmenter
 from attune_trainer.failures import InvalidInput, RecipeFailure, from_exception, is_out_of_memory
 from attune_trainer.logs import configure_logging
 from attune_trainer.modeling.artifact import read_artifact
@@ -31,9 +31,11 @@ from attune_trainer.scoring.errors import ErrorCounts, count_errors, total
 from attune_trainer.scoring.normaliser import normalise
 from attune_trainer.training import checkpoints
 from attune_trainer.training.arithmetic import choose_dtype
-from attune_trainer.training.batches import Batch, plan_epoch
-from attune_trainer.training.checkpoints import TrainingState
+from attune_trainer.training.batches import plan_epoch
+from attune_trainer.training.checkpoints import TrainingState, Validation
+from attune_trainer.training.consolidation import Consolidation, Importance
 from attune_trainer.training.engine import SHARES_WEIGHTS, build_engine, copy_trained, distributed
+from attune_trainer.training.epochs import Epochs
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.export import clean_generation, describe_artifact, is_stored_in_fp32
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
@@ -42,7 +44,7 @@ from attune_trainer.training.methods import choose_method, load_state, save_stat
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.selection import judge_epoch
-from attune_trainer.training.settings import MODEL_FOLDER, TrainingSettings, TrainingUtterance
+from attune_trainer.training.settings import CURVE_FILE, MODEL_FOLDER, TrainingSettings, TrainingUtterance
 from attune_trainer.training.transcripts import TranscriptEncoder, select_usable
 from attune_trainer.training.weights import trained_parameters
 
@@ -83,10 +85,8 @@ class Training:
         self._whisper = load_whisper(settings.base, self._device)
         self._encoder = TranscriptEncoder(self._whisper, settings.language)
         self._train = select_usable(settings.train, self._encoder, self._whisper)
-        state = self._resumed_state() or TrainingState(
-            fingerprint=settings.fingerprint, baseline_wer=self._measure_baseline()
-        )
-        self._tell("baseline", wer=state.baseline_wer)
+        state = self._resumed_state() or self._begin()
+        self._tell("baseline", **{"wer": state.baseline_wer, **_metrics_after(state, 0)})
         self._engine = self._attach()
         self._best = settings.checkpoints / "best" / checkpoints.BEST_FILE
         if settings.resume is not None:
@@ -95,12 +95,18 @@ class Training:
         self._train_to_the_end()
         self._finish()
 
-    def _measure_baseline(self) -> float:
+    def _begin(self) -> TrainingState:
+        """Measures the untuned model, as it is served."""
         artifact = read_artifact(self._settings.base)
         if not artifact.language:
             artifact = artifact.model_copy(update={"language": self._encoder.language})
         self._tell_stage("Baseline", percent=10)
-        return self._validate(Recognizer(self._whisper, artifact), (10, 20))
+        metrics = self._measure(Recognizer(self._whisper, artifact), (10, 20))
+        return TrainingState(
+            fingerprint=self._settings.fingerprint,
+            baseline_wer=metrics["wer"],
+            validations=(Validation(epoch=0, metrics=metrics),),
+        )
 
     def _attach(self) -> Any:
         """Makes the network trainable, plans the run, and gives the engine that trains."""
@@ -122,48 +128,61 @@ class Training:
             base_uri=settings.base_uri,
             model_id=settings.model_id,
             language=self._encoder.language,
+            history=settings.history,
         )
         self._recognizer = Recognizer(self._whisper, self._artifact)
         self._put_aside()
-        self._plans = self._plan()
-        self._total_steps = sum(len(plan) for plan in self._plans)
+        self._epochs = Epochs(
+            settings,
+            self._train,
+            self._recognizer.buckets,
+            window_seconds=self._whisper.window_seconds,
+            batches=self._processes * self._accumulation,
+        )
+        objective = TranscriptionLoss(self._model, trained, self._estimate_importance())
         dtype = choose_dtype(self._parameters.precision, self._device)
         _log.info("training set up", extra={"precision": str(dtype), "device": str(self._device)})
-        return build_engine(TranscriptionLoss(self._model, trained), settings, dtype)
+        return build_engine(objective, settings, dtype)
 
-    def _augmenter(self, epoch: int) -> Augmenter | None:
-        settings = self._settings
-        if settings.augmentation is None:
+    def _estimate_importance(self) -> Consolidation | None:
+        """Finds out what the old domain depends on; None where no weights are to be held.
+
+        It is not part of a checkpoint: the model is the base still, nothing is drawn, and so a run that resumes finds
+        the same.
+
+        Raises:
+            _StopRequested: when the pod has been asked to end.
+        """
+        keeping = self._settings.keeping
+        if keeping is None or keeping.ewc is None:
             return None
-        return Augmenter(
-            settings.augmentation,
-            [one.seconds for one in self._train],
-            lambda position: read_samples(self._train[position]),
+        self._tell_stage("Consolidating", percent=20)
+        self._model.eval()
+        sample = select_usable(keeping.sample, self._encoder, self._whisper)
+        steps = plan_epoch(
+            [one.seconds for one in sample],
+            self._recognizer.buckets,
+            batch_size=self._parameters.batch_size,
+            max_batch_seconds=self._parameters.max_batch_seconds,
             seed=self._parameters.seed,
-            epoch=epoch,
-            window_seconds=self._whisper.window_seconds,
-            noises=settings.noises,
-            rooms=settings.rooms,
+            epoch=0,
+            processes=self._processes,
         )
-
-    def _seconds(self, augmenter: Augmenter | None) -> list[float]:
-        """Gives each utterance's duration as it is heard: an augmenter may change its speed."""
-        return [one.seconds for one in self._train] if augmenter is None else augmenter.seconds
-
-    def _plan(self) -> list[list[tuple[Batch, ...]]]:
-        buckets = self._recognizer.buckets
-        return [
-            plan_epoch(
-                self._seconds(self._augmenter(epoch)),
-                buckets,
-                batch_size=self._parameters.batch_size,
-                max_batch_seconds=self._parameters.max_batch_seconds,
-                seed=self._parameters.seed,
-                epoch=epoch,
-                processes=self._processes * self._accumulation,
-            )
-            for epoch in range(self._parameters.epochs)
-        ]
+        loader = BatchLoader(self._whisper, self._encoder, sample, [step[self._rank] for step in steps])
+        importance = Importance(self._model, self._whisper)
+        objective = TranscriptionLoss(self._model, self._whisper)
+        try:
+            for number, batch in enumerate(loader):
+                if self._agree_to_stop():
+                    raise _StopRequested
+                self._tell("progress", step=number, total_steps=len(steps))
+                with self._memory_explained(batch):
+                    importance.add(objective, *(one.to(self._device) for one in batch.tensors))
+        finally:
+            loader.close()
+        if self._processes > 1:
+            importance.share()
+        return importance.consolidate(float(keeping.ewc.strength))
 
     def _train_to_the_end(self) -> None:
         while self._state.epoch < self._parameters.epochs and not self._state.stopped_early:
@@ -178,12 +197,12 @@ class Training:
 
     def _train_epoch(self) -> None:
         state = self._state
-        steps = self._plans[state.epoch][state.step_in_epoch :]
-        augmenter = self._augmenter(state.epoch)
-        seconds = self._seconds(augmenter)
+        steps = self._epochs.plans[state.epoch][state.step_in_epoch :]
+        augmenter = self._epochs.augmenter(state.epoch)
+        seconds = self._epochs.seconds(augmenter)
         mine = [batch for step in steps for batch in step[self._rank :: self._processes]]
         loader = BatchLoader(self._whisper, self._encoder, self._train, mine, augmenter)
-        self._tell_stage("Training", step=state.step, total_steps=self._total_steps)
+        self._tell_stage("Training", step=state.step, total_steps=self._epochs.steps)
         self._engine.train()
         try:
             began = time.monotonic()
@@ -206,7 +225,7 @@ class Training:
     def _train_step(self, batches: Iterable[TrainingBatch]) -> tuple[float, bool]:
         """Makes one optimiser step; gives the mean loss of all processes, and whether the run is to end."""
         rate = float(self._parameters.learning_rate) * learning_rate_factor(
-            self._state.step, self._total_steps, float(self._parameters.warmup_ratio)
+            self._state.step, self._epochs.steps, float(self._parameters.warmup_ratio)
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -214,11 +233,7 @@ class Training:
         mean, stop = 0.0, False
         for number, batch in enumerate(batches, start=1):
             with self._memory_explained(batch):
-                loss = self._engine(
-                    batch.features.to(self._device),
-                    batch.tokens.inputs.to(self._device),
-                    batch.tokens.targets.to(self._device),
-                )
+                loss = self._engine(*(one.to(self._device) for one in batch.tensors))
                 losses += loss.detach()
                 if number == self._accumulation:
                     mean, stop = self._share(losses / number)
@@ -243,7 +258,7 @@ class Training:
 
     def _diverged(self, step: int) -> RecipeFailure:
         message = (
-            f"the loss or its gradient is no longer finite at step {step} of {self._total_steps}; lower "
+            f"the loss or its gradient is no longer finite at step {step} of {self._epochs.steps}; lower "
             "spec.hyperparameters.learningRate or maxGradNorm, or raise warmupRatio"
         )
         return RecipeFailure(ExitCode.DIVERGED, "Diverged", message)
@@ -272,14 +287,14 @@ class Training:
     def _report_step(self, loss: float) -> None:
         state = self._state
         metrics = {"loss": loss, "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9)}
-        epoch = state.epoch + state.step_in_epoch / len(self._plans[state.epoch])
+        epoch = state.epoch + state.step_in_epoch / len(self._epochs.plans[state.epoch])
         self._tell(
             "progress",
             step=state.step,
-            total_steps=self._total_steps,
+            total_steps=self._epochs.steps,
             epoch=epoch,
             metrics=metrics,
-            percent=20 + 70 * state.step / self._total_steps,
+            percent=20 + 70 * state.step / self._epochs.steps,
         )
 
     def _finish_epoch(self) -> None:
@@ -288,17 +303,18 @@ class Training:
         self._check_weights()
         self._tell_stage("Validating")
         began = time.monotonic()
-        done = 20 + 70 * state.step / self._total_steps
+        done = 20 + 70 * state.step / self._epochs.steps
         self._take_up()
-        wer = self._validate(self._recognizer, (done, done))
-        judged = judge_epoch(state, wer, self._settings.early_stopping)
+        metrics = self._measure(self._recognizer, (done, done))
+        judged = judge_epoch(state, metrics["wer"], self._settings.early_stopping)
         seconds = state.training_seconds + time.monotonic() - began
-        self._state = judged.model_copy(update={"training_seconds": seconds})
+        validations = (*state.validations, Validation(epoch=judged.epoch, metrics=metrics))
+        self._state = judged.model_copy(update={"training_seconds": seconds, "validations": validations})
         if judged.best_epoch == state.epoch and self._rank == 0:
             save_state(self._method.state(self._served), self._best)
         self._put_aside()
-        _log.info("epoch finished", extra={"epoch": state.epoch + 1, "wer": round(wer, 4)})
-        self._tell("validated", epoch=state.epoch + 1, wer=wer)
+        _log.info("epoch finished", extra={"epoch": judged.epoch, "wer": round(metrics["wer"], 4)})
+        self._tell("validated", epoch=judged.epoch, **metrics)
 
     def _take_up(self) -> None:
         """Brings the network that transcribes up to date, where it is not the one that trains."""
@@ -311,17 +327,27 @@ class Training:
         if self._served is not self._model:
             self._served.to("cpu")
 
-    def _validate(self, recognizer: Recognizer, percent: tuple[float, float]) -> float:
-        """Gives the corpus WER of the validation split; every process transcribes its share.
+    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> dict[str, float]:
+        """Gives the corpus WER of the validation split as wer, and of the old domain's, if one is kept, as oldWer."""
+        new, keeping, (low, high) = self._settings.validation, self._settings.keeping, percent
+        old = keeping.validation if keeping is not None else ()
+        between = low + (high - low) * len(new) / (len(new) + len(old))
+        metrics = {"wer": self._validate(recognizer, new, (low, between))}
+        return metrics | ({"oldWer": self._validate(recognizer, old, (between, high))} if old else {})
+
+    def _validate(
+        self, recognizer: Recognizer, utterances: Sequence[TrainingUtterance], percent: tuple[float, float]
+    ) -> float:
+        """Gives the corpus WER of utterances; every process transcribes its share.
 
         Raises:
             _StopRequested: when the pod has been asked to end.
         """
-        mine = sorted(self._settings.validation, key=lambda one: one.seconds)[self._rank :: self._processes]
+        mine = sorted(utterances, key=lambda one: one.seconds)[self._rank :: self._processes]
         self._whisper.model.eval()
         counts = ErrorCounts()
         # Of the largest share, so that all processes ask each other equally often.
-        share = -(-len(self._settings.validation) // self._processes)
+        share = -(-len(utterances) // self._processes)
         for start in range(0, share, _VALIDATION_CHUNK):
             if self._agree_to_stop():
                 raise _StopRequested
@@ -434,10 +460,16 @@ class Training:
         if difference > tolerance * float(before.abs().max()):
             raise RuntimeError(f"the model that was written differs from the trained one by {difference:.2e} in logits")
         state = self._state
+        # Of many epochs it is longer than an event may be.
+        curve = [{"epoch": one.epoch, **one.metrics} for one in state.validations]
+        (self._settings.output / CURVE_FILE).write_text(json.dumps(curve, indent=1), encoding="utf-8")
+        best = state.best_epoch if state.best_epoch is not None else 0
         self._tell(
             "finished",
             wer=state.best_wer,
             baseline_wer=state.baseline_wer,
+            old_wer=_metrics_after(state, best + 1).get("oldWer"),
+            old_baseline_wer=_metrics_after(state, 0).get("oldWer"),
             steps=state.step,
             epochs=float(state.epoch),
             training_seconds=state.training_seconds,
@@ -476,6 +508,11 @@ class Training:
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._rank == 0:
             self._events.send(kind, **fields)
+
+
+def _metrics_after(state: TrainingState, epoch: int) -> dict[str, float]:
+    """Gives what was measured after so many epochs; nothing where an earlier release did not write it down."""
+    return next((one.metrics for one in state.validations if one.epoch == epoch), {})
 
 
 def wait_for(file: Path, events: EventWriter) -> None:
