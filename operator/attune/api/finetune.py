@@ -16,6 +16,7 @@ from attune.api.meta import (
     cel,
 )
 from attune.contract.base import DecimalString, Uri
+from attune.contract.costs import Budget, Economics
 from attune.contract.training import (
     Checkpointing,
     Distributed,
@@ -33,18 +34,23 @@ class BaseModelSource(SpecModel):
     uri: Uri = Field(description="Files of a model: s3://bucket/prefix or hf://organisation/name.")
 
 
+def _immutable(name: str) -> tuple[str, str]:
+    """A rule of the whole spec for an optional field: it may be neither added, changed nor removed."""
+    same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
+    return same, f"{name} is immutable: create a new resource instead"
+
+
 class FineTuneSpec(SpecModel):
     """What is wanted: a base model, Datasets, and how to train. What decides the model cannot be changed."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
+            _immutable("earlyStopping"),
+            _immutable("budget"),
             (
-                (
-                    "has(self.earlyStopping) == has(oldSelf.earlyStopping) && "
-                    "(!has(self.earlyStopping) || self.earlyStopping == oldSelf.earlyStopping)"
-                ),
-                "earlyStopping is immutable: create a new resource instead",
-            )
+                "!has(self.economics) || (has(self.budget) && has(self.budget.costPerGpuHour))",
+                "economics needs budget.costPerGpuHour: what the run costs",
+            ),
         )
     )
 
@@ -72,6 +78,21 @@ class FineTuneSpec(SpecModel):
     early_stopping: EarlyStopping | None = Field(
         default=None,
         description="Ends the run when validation WER no longer falls.",
+    )
+    budget: Budget | None = Field(
+        default=None,
+        description="Ends the run, at the best checkpoint so far, when it has taken this much.",
+        json_schema_extra=cel(
+            (
+                "has(self.maxGpuHours) || has(self.maxHours) || has(self.costPerGpuHour)",
+                "at least one of maxGpuHours, maxHours and costPerGpuHour must be given",
+            ),
+            ("!has(self.currency) || has(self.costPerGpuHour)", "currency goes with costPerGpuHour"),
+        ),
+    )
+    economics: Economics | None = Field(
+        default=None,
+        description="What corrections cost: the status then says when the run has paid for itself. May change.",
     )
     distributed: Distributed = Field(
         default_factory=Distributed, description="Processes that train together.", json_schema_extra=cel(IMMUTABLE)
@@ -123,12 +144,33 @@ class LineageDataset(StatusModel):
     uri: str = Field(max_length=1024, description="Folder of that revision.")
 
 
+class HardwareStatus(StatusModel):
+    """A class of hardware: where all of it is equal, the same run gives the same weights."""
+
+    device: str = Field(max_length=128, description="GPU or processor.")
+    precision: str = Field(max_length=8, description="bf16 or fp32.")
+    processes: int = Field(ge=1, description="Training processes.")
+    threads: int = Field(ge=1, description="Threads of each process.")
+    torch: str = Field(max_length=64, description="Version of torch.")
+
+
 class Lineage(StatusModel):
     """Where the model comes from."""
 
     base_uri: str = Field(max_length=1024, description="The base model.")
     base_digest: str | None = Field(default=None, max_length=71, description="Digest of the base model's files.")
     datasets: list[LineageDataset] = Field(default=[], max_length=8, description="What it was trained on.")
+    config_digest: str | None = Field(
+        default=None, max_length=71, description="Digest of the configuration, the base's address and the revisions."
+    )
+    image_digest: str | None = Field(default=None, max_length=71, description="Digest of the trainer image.")
+    code_version: str | None = Field(default=None, max_length=32, description="Attune's version in that image.")
+    hardware: HardwareStatus | None = Field(default=None, description="The class of hardware that it ran on.")
+    irreproducible: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Why the same FineTune again, on the same class of hardware, may give another digest.",
+    )
 
 
 class FineTuneMetrics(StatusModel):
@@ -144,6 +186,19 @@ class Usage(StatusModel):
     training_seconds: int = Field(ge=0, description="Wall-clock seconds of training.")
     gpu_seconds: int = Field(ge=0, description="GPU seconds; 0 on a CPU.")
     audio_seconds_per_second: DecimalString = Field(description="Seconds of audio trained on in a second.")
+    peak_memory_bytes: int | None = Field(
+        default=None, ge=0, description="Peak of the fullest GPU; on a CPU, of all training processes together."
+    )
+    cost: DecimalString | None = Field(default=None, description="Price of the GPU time, in the budget's currency.")
+    budget_reached: bool | None = Field(default=None, description="Whether the budget has ended the run.")
+
+
+class EstimateStatus(StatusModel):
+    """What the whole run will take, without early stopping and budget."""
+
+    seconds: int = Field(ge=0, description="Wall-clock seconds of training, validations included.")
+    gpu_hours: DecimalString = Field(description="GPU hours; 0 on a CPU.")
+    memory_bytes: int = Field(ge=0, description="Peak memory, as in usage.")
 
 
 class FineTuneStatus(Status):
@@ -154,7 +209,11 @@ class FineTuneStatus(Status):
     model: ModelStatus | None = Field(default=None, description="What the run made.")
     lineage: Lineage | None = Field(default=None, description="Where the model comes from.")
     metrics: FineTuneMetrics | None = Field(default=None, description="Validation figures.")
+    estimate: EstimateStatus | None = Field(
+        default=None, description="What it will take, extrapolated from its first steps; usage is what it took."
+    )
     usage: Usage | None = Field(default=None, description="What the run took.")
+    report: str | None = Field(default=None, max_length=1024, description="HTML report in the store.")
     job_name: str | None = Field(default=None, max_length=63, description="The run's Job.")
 
 

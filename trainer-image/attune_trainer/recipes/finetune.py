@@ -4,22 +4,38 @@ import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import attune
 from attune.contract.job import DatasetInput, FinetuneRecipe, Split
-from attune.contract.result import FinetuneResult
+from attune.contract.result import Estimate, FinetuneResult
 
 from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
+from attune_trainer.modeling.licence import read_licence
 from attune_trainer.store import digest_directory, fetch_model
 from attune_trainer.training import checkpoints
+from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
+from attune_trainer.training.report import TrainedOn, TrainingReport, why_irreproducible, write_card, write_report
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance, fingerprint
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run begins with, and what its report has to say of that."""
+
+    settings: TrainingSettings
+    base_digest: str
+    licence: str | None
+    datasets: tuple[TrainedOn, ...]
+    blocks: tuple[str, ...]
 
 
 def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
@@ -39,9 +55,9 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
         raise InvalidInput("TooManyProcesses", message)
     context.reporter.update(stage="Downloading", percent=0)
     with TrainingProcesses(context.directory("training"), processes) as training:
-        settings, base_digest = _fetch_inputs(recipe, context, training.stop_file)
+        inputs = _fetch_inputs(recipe, context, training.stop_file)
         context.raise_if_stopped()
-        training.begin(settings)
+        training.begin(inputs.settings)
         follower = _Follower(recipe, context)
         try:
             training.follow(follower.on_event, context.stop.is_set)
@@ -54,7 +70,7 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
         follower.finish(strict=False)
     checkpoint_prefix = f"{recipe.checkpoint_prefix.rstrip('/')}/"
     context.once_published.append(lambda: checkpoints.delete_all(context.store, checkpoint_prefix))
-    return _publish(recipe, context, settings, base_digest, follower.outcome)
+    return _publish(recipe, context, inputs, follower.outcome)
 
 
 class _Follower:
@@ -75,7 +91,10 @@ class _Follower:
         elif kind == "baseline":
             self._context.reporter.update(metrics={"baselineWer": event["wer"]})
         elif kind == "validated":
-            self._context.reporter.update(epoch=event["epoch"], metrics={"wer": event["wer"]})
+            epoch = event.pop("epoch")
+            self._context.reporter.update(epoch=epoch, metrics=event)
+        elif kind == "estimate":
+            self._context.reporter.expect(Estimate.model_validate(event))
         elif kind == "checkpoint":
             self._uploads.append(self._pool.submit(self._upload, Path(event["folder"])))
         elif kind == "finished":
@@ -97,13 +116,14 @@ class _Follower:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> tuple[TrainingSettings, str]:
-    """Brings model, audio and the newest checkpoint to the disk; gives the settings and the base's digest."""
+def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> _Inputs:
+    """Brings model, audio and the newest checkpoint to the disk."""
     store = context.store
     base = fetch_model(store, recipe.base.uri, context.directory("base"), recipe.base.digest)
     base_digest = recipe.base.digest or digest_directory(base)
     context.reporter.update(percent=3)
-    languages = {load_manifest(store, dataset).language for dataset in recipe.datasets}
+    manifests = [load_manifest(store, dataset) for dataset in recipe.datasets]
+    languages = {manifest.language for manifest in manifests}
     if len(languages) != 1:
         message = f"the Datasets are in several languages ({', '.join(sorted(languages))}); tune one model for each"
         raise InvalidInput("MixedLanguages", message)
@@ -133,6 +153,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         hyperparameters=recipe.hyperparameters,
         padding=recipe.padding,
         early_stopping=recipe.early_stopping,
+        budget=recipe.budget,
         checkpoint=recipe.checkpoint,
         distributed=recipe.distributed,
         fingerprint=mark,
@@ -141,7 +162,20 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         output=context.directory("output"),
         stop_file=stop_file,
     )
-    return settings, base_digest
+    return _Inputs(
+        settings=settings,
+        base_digest=base_digest,
+        licence=read_licence(base),
+        datasets=tuple(
+            TrainedOn.from_manifest(dataset, manifest)
+            for dataset, manifest in zip(recipe.datasets, manifests, strict=True)
+        ),
+        blocks=tuple(
+            f"{dataset.name}/{one.block(manifest.by)}"
+            for dataset, manifest in zip(recipe.datasets, manifests, strict=True)
+            for one in load_split(store, dataset, Split.VALIDATION)
+        ),
+    )
 
 
 def _utterances(
@@ -191,33 +225,63 @@ def _without_held_out(
 
 
 def _publish(
-    recipe: FinetuneRecipe,
-    context: RecipeContext,
-    settings: TrainingSettings,
-    base_digest: str,
-    outcome: dict[str, Any],
+    recipe: FinetuneRecipe, context: RecipeContext, inputs: _Inputs, outcome: dict[str, Any]
 ) -> FinetuneResult:
-    """Uploads adapter and merged model, and says what they are."""
+    """Uploads adapter, merged model, report and model card below this attempt's own prefix, and says what they are."""
     context.reporter.update(stage="Publishing", percent=95)
     prefix = f"{recipe.output_prefix.rstrip('/')}/{context.attempt_uid}"
-    adapter, merged = settings.output / "adapter", settings.output / "merged"
+    output = inputs.settings.output
+    adapter, merged = output / "adapter", output / "merged"
+    state = TrainingState.model_validate_json((output / checkpoints.STATE_FILE).read_bytes())
     adapter_uri = context.store.upload_directory(adapter, f"{prefix}/adapter")
     model_uri = context.store.upload_directory(merged, f"{prefix}/merged")
     seconds = round(outcome["training_seconds"])
-    return FinetuneResult(
+    gpu_seconds = seconds * outcome["gpus"]
+    cost = recipe.budget.cost(gpu_seconds) if recipe.budget is not None else None
+    result = FinetuneResult(
         model_id=recipe.model_id,
         model_uri=model_uri,
         model_digest=digest_directory(merged),
         adapter_uri=adapter_uri,
         adapter_digest=digest_directory(adapter),
-        base_digest=base_digest,
+        base_digest=inputs.base_digest,
         padding=recipe.padding,
         baseline_wer=decimal_string(outcome["baseline_wer"]),
         wer=decimal_string(outcome["wer"]),
         steps=outcome["steps"],
+        total_steps=outcome["total_steps"],
         epochs=decimal_string(outcome["epochs"]),
         training_seconds=seconds,
-        gpu_seconds=seconds * outcome["gpus"],
+        gpu_seconds=gpu_seconds,
         audio_seconds_per_second=decimal_string(outcome["audio_seconds_per_second"], 3),
         stopped_early=outcome["stopped_early"],
+        budget_reached=state.budget_reached,
+        cost=None if cost is None else decimal_string(cost, 2),
+        peak_memory_bytes=state.peak_memory_bytes,
+        estimate=state.estimate,
+        code_version=attune.__version__,
+        hardware=state.hardware[-1],
+        irreproducible=why_irreproducible(state, outcome["gpus"]),
     )
+    report = TrainingReport(
+        title=f"{context.spec.owner.namespace}/{context.spec.owner.name}",
+        recipe=recipe,
+        result=result,
+        state=state,
+        language=inputs.settings.language,
+        licence=inputs.licence,
+        datasets=inputs.datasets,
+        blocks=inputs.blocks,
+    )
+    return result.model_copy(update={"report_uri": _publish_report(report, context, prefix)})
+
+
+def _publish_report(report: TrainingReport, context: RecipeContext, prefix: str) -> str | None:
+    """Writes README.md and report.html beside the model; gives the report's address."""
+    try:
+        card, page = write_card(report), write_report(report, context.work_directory)
+    except Exception:  # noqa: BLE001 (a page that cannot be made must not cost a model)
+        _log.exception("no report")
+        return None
+    context.publish(f"{prefix}/README.md", card, "text/markdown; charset=utf-8")
+    return context.publish(f"{prefix}/report.html", page, "text/html; charset=utf-8")

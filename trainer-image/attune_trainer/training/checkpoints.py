@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from attune.contract.exitcode import ExitCode
+from attune.contract.result import Estimate, Hardware
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.store import Store, digest_file
+from attune_trainer.training.curve import Curve
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +20,9 @@ STATE_FILE: Final = "state.json"
 SEAL_FILE: Final = "seal.json"
 BEST_FILE: Final = "best.safetensors"
 ENGINE_FOLDER: Final = "engine"
+
+# Of each utterance of the validation split: hits, substitutions, deletions, insertions.
+Counts = tuple[tuple[int, int, int, int], ...]
 
 
 class TrainingState(BaseModel):
@@ -35,6 +40,13 @@ class TrainingState(BaseModel):
         step_seconds: time in optimiser steps so far, over all attempts.
         training_seconds: the same with validation.
         stopped_early: whether early stopping has ended the run.
+        budget_reached: whether the budget has.
+        curve: losses and validations so far.
+        baseline_counts: word errors of the untuned model, by utterance.
+        best_counts: those of the best epoch.
+        hardware: classes of hardware that have trained so far, each once.
+        peak_memory_bytes: over all attempts; as in the contract's Estimate.
+        estimate: of the whole run, once its first steps are done.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +64,13 @@ class TrainingState(BaseModel):
     step_seconds: float = 0.0
     training_seconds: float = 0.0
     stopped_early: bool = False
+    budget_reached: bool = False
+    curve: Curve = Curve()
+    baseline_counts: Counts = ()
+    best_counts: Counts = ()
+    hardware: tuple[Hardware, ...] = ()
+    peak_memory_bytes: int = 0
+    estimate: Estimate | None = None
 
 
 def seal(folder: Path) -> None:

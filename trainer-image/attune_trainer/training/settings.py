@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from attune.contract.costs import Budget
 from attune.contract.training import Checkpointing, Distributed, EarlyStopping, Hyperparameters, Lora, Padding
 from pydantic import BaseModel, ConfigDict
 
@@ -38,12 +39,13 @@ class TrainingSettings(BaseModel):
     hyperparameters: Hyperparameters
     padding: Padding
     early_stopping: EarlyStopping | None
+    budget: Budget | None = None
     checkpoint: Checkpointing
     distributed: Distributed
     fingerprint: str  # of all that must be the same for a checkpoint to be continued
     checkpoints: Path  # where checkpoints are written, one folder each
     resume: Path | None  # a verified checkpoint to go on from
-    output: Path  # gets merged/ and adapter/
+    output: Path  # gets merged/, adapter/ and the last TrainingState
     stop_file: Path  # exists once the run is to end after the current step
 
 

@@ -6,12 +6,13 @@ are there.
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,9 @@ from attune_trainer.training import adapters, checkpoints
 from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
+from attune_trainer.training.estimate import choose_probe, extrapolate
 from attune_trainer.training.events import EventWriter
+from attune_trainer.training.hardware import describe_hardware, peak_memory
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
@@ -63,6 +66,9 @@ class Training:
         self._processes = int(os.environ.get("WORLD_SIZE", "1"))
         self._signalled = False
         self._device = torch.device(get_accelerator().current_device_name())
+        self._gpus = self._processes if self._device.type == "cuda" else 0
+        self._baseline_seconds = 0.0
+        self._probe_began: float | None = None  # in step_seconds; None where this attempt went on from a checkpoint
 
     def run(self) -> None:
         """Trains from the start or from a checkpoint to the end, and writes adapter and merged model.
@@ -83,9 +89,17 @@ class Training:
             if not base_artifact.language:
                 base_artifact = base_artifact.model_copy(update={"language": encoder.language})
             self._tell_stage("Baseline", percent=10)
-            baseline = self._validate(Recognizer(self._whisper, base_artifact), (10, 20))
-            state = TrainingState(fingerprint=settings.fingerprint, baseline_wer=baseline)
+            began = time.monotonic()
+            counts = self._validate(Recognizer(self._whisper, base_artifact), (10, 20))
+            self._baseline_seconds = time.monotonic() - began
+            state = TrainingState(
+                fingerprint=settings.fingerprint,
+                baseline_wer=total(counts).rate,
+                baseline_counts=tuple(one.row for one in counts),
+            )
         self._tell("baseline", wer=state.baseline_wer)
+        if state.estimate is not None:
+            self._tell("estimate", **state.estimate.model_dump(by_alias=True))
         adapters.clean_generation(self._whisper)
         self._artifact = adapters.describe_artifact(
             self._whisper,
@@ -99,11 +113,13 @@ class Training:
         torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
         self._plans = self._plan()
         self._total_steps = sum(len(plan) for plan in self._plans)
+        self._bf16 = wants_bf16(self._parameters.precision, self._device)
         self._engine = self._build_engine()
         self._best = settings.checkpoints / "best" / checkpoints.BEST_FILE
         if settings.resume is not None:
             self._restore(settings.resume)
-        self._state = state
+        hardware = describe_hardware(self._device, bf16=self._bf16, processes=self._processes)
+        self._state = state.model_copy(update={"hardware": tuple(dict.fromkeys((*state.hardware, hardware)))})
         self._train_to_the_end()
         self._finish()
 
@@ -147,33 +163,46 @@ class Training:
         optimizer = torch.optim.AdamW(
             trainable, lr=float(parameters.learning_rate), weight_decay=float(parameters.weight_decay), fused=True
         )
-        bf16 = wants_bf16(parameters.precision, self._device)
         config = {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping only: batches vary in size
             "gradient_accumulation_steps": 1,
             "gradient_clipping": float(parameters.max_grad_norm),
             "zero_optimization": {"stage": self._settings.distributed.deepspeed.zero_stage},
-            "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+            "torch_autocast": {"enabled": self._bf16, "dtype": "bfloat16"},
             "steps_per_print": sys.maxsize,
         }
-        _log.info("training set up", extra={"precision": "bf16" if bf16 else "fp32", "device": str(self._device)})
+        _log.info("training set up", extra={"precision": "bf16" if self._bf16 else "fp32", "device": str(self._device)})
         engine, *_ = deepspeed.initialize(
             model=TranscriptionLoss(self._model, self._whisper), optimizer=optimizer, config=config
         )
         return engine
 
     def _train_to_the_end(self) -> None:
-        while self._state.epoch < self._parameters.epochs and not self._state.stopped_early:
+        while self._awaits_validation() or not self._has_ended():
             try:
-                self._train_epoch()
-                self._finish_epoch()
+                if not self._state.budget_reached:
+                    self._train_epoch()
+                if self._awaits_validation():
+                    self._finish_epoch()
             except _StopRequested:
                 self._save_checkpoint()
                 raise
             # After the last epoch too: the pod may be lost while it merges or publishes.
             self._save_checkpoint()
 
+    def _has_ended(self) -> bool:
+        state = self._state
+        return state.epoch >= self._parameters.epochs or state.stopped_early or state.budget_reached
+
+    def _awaits_validation(self) -> bool:
+        """Tells whether an epoch is trained and not yet validated, or a run is about to end without any validation."""
+        state = self._state
+        if state.best_epoch is None and state.budget_reached:
+            return True
+        return state.epoch < self._parameters.epochs and state.step_in_epoch == len(self._plans[state.epoch])
+
     def _train_epoch(self) -> None:
+        """Trains to the end of the epoch, or of the budget."""
         state = self._state
         steps = self._plans[state.epoch][state.step_in_epoch :]
         loader = BatchLoader(self._whisper, self._encoder, self._train, [step[self._rank] for step in steps])
@@ -182,22 +211,27 @@ class Training:
         try:
             began = time.monotonic()
             for planned, batch in zip(steps, loader, strict=True):
-                loss, stop = self._train_step(batch)
+                loss, stop, spent = self._train_step(batch)
                 now = time.monotonic()
                 step_audio = sum(self._train[index].seconds for one in planned for index in one.members)
-                self._advance(step_audio, now - began)
+                self._advance(loss, step_audio, now - began)
                 began = now
+                self._estimate()
                 self._report_step(loss)
                 if stop:
                     raise _StopRequested
+                if spent:
+                    _log.info("the budget is spent", extra={"step": self._state.step})
+                    self._state = self._state.model_copy(update={"budget_reached": True})
+                    break
                 if self._state.step % self._settings.checkpoint.every_steps == 0:
                     self._save_checkpoint()
                     began = time.monotonic()
         finally:
             loader.close()
 
-    def _train_step(self, batch: TrainingBatch) -> tuple[float, bool]:
-        """Makes one optimiser step; gives the mean loss of all processes, and whether the run is to end."""
+    def _train_step(self, batch: TrainingBatch) -> tuple[float, bool, bool]:
+        """Makes one optimiser step; gives all processes' mean loss, whether to stop, whether the budget is spent."""
         step = self._state.step
         rate = float(self._parameters.learning_rate) * learning_rate_factor(
             step, self._total_steps, float(self._parameters.warmup_ratio)
@@ -210,11 +244,12 @@ class Training:
             batch.tokens.targets.to(self._device),
         )
         # One message for all that the processes must agree on.
-        shared = torch.stack([loss.detach().double(), torch.tensor(float(self._stop_wanted()), device=loss.device)])
+        wishes = torch.tensor([self._stop_wanted(), self._budget_spent()], dtype=torch.double, device=loss.device)
+        shared = torch.cat([loss.detach().double().reshape(1), wishes])
         if self._processes > 1:
             torch.distributed.all_reduce(shared)
-        mean, stop = float(shared[0]) / self._processes, bool(shared[1] > 0)
-        if not torch.isfinite(shared[0]):
+        summed, stop, spent = shared.tolist()
+        if not math.isfinite(summed):
             message = (
                 f"the loss is no longer finite at step {step + 1} of {self._total_steps}; lower "
                 "spec.hyperparameters.learningRate or maxGradNorm, or raise warmupRatio"
@@ -222,9 +257,9 @@ class Training:
             raise RecipeFailure(ExitCode.DIVERGED, "Diverged", message)
         self._engine.backward(loss)
         self._engine.step()
-        return mean, stop
+        return summed / self._processes, stop > 0, spent > 0
 
-    def _advance(self, audio_seconds: float, seconds: float) -> None:
+    def _advance(self, loss: float, audio_seconds: float, seconds: float) -> None:
         state = self._state
         self._state = state.model_copy(
             update={
@@ -233,12 +268,41 @@ class Training:
                 "audio_seconds": state.audio_seconds + audio_seconds,
                 "step_seconds": state.step_seconds + seconds,
                 "training_seconds": state.training_seconds + seconds,
+                "curve": state.curve.with_loss(loss),
             }
         )
 
+    def _estimate(self) -> None:
+        """Says once what the whole run will take; a run that went on from a checkpoint has said it, or never does."""
+        state = self._state
+        first, last = probe = choose_probe(self._total_steps)
+        if state.step == first:
+            self._probe_began = state.step_seconds
+        elif state.step == last and self._probe_began is not None:
+            estimate = extrapolate(
+                [sum(len(batch.members) * batch.bucket for batch in step) for plan in self._plans for step in plan],
+                probe,
+                state.step_seconds - self._probe_began,
+                validations=self._parameters.epochs,
+                validation_seconds=self._baseline_seconds,
+                gpus=self._gpus,
+                memory_bytes=peak_memory(self._device, self._processes),
+            )
+            self._state = state.model_copy(update={"estimate": estimate})
+            self._tell("estimate", **estimate.model_dump(by_alias=True))
+
     def _report_step(self, loss: float) -> None:
         state = self._state
-        metrics = {"loss": loss, "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9)}
+        gpu_seconds = state.training_seconds * self._gpus
+        metrics = {
+            "loss": loss,
+            "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9),
+            "gpuSeconds": gpu_seconds,
+        }
+        budget = self._settings.budget
+        cost = None if budget is None else budget.cost(gpu_seconds)
+        if cost is not None:
+            metrics["estimatedCost"] = cost
         epoch = state.epoch + state.step_in_epoch / len(self._plans[state.epoch])
         self._tell(
             "progress",
@@ -255,51 +319,62 @@ class Training:
         self._tell_stage("Validating")
         began = time.monotonic()
         done = 20 + 70 * state.step / self._total_steps
-        wer = self._validate(self._recognizer, (done, done))
-        judged = judge_epoch(state, wer, self._settings.early_stopping)
-        seconds = state.training_seconds + time.monotonic() - began
-        self._state = judged.model_copy(update={"training_seconds": seconds})
-        if judged.best_epoch == state.epoch and self._rank == 0:
-            adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
-        _log.info("epoch finished", extra={"epoch": state.epoch + 1, "wer": round(wer, 4)})
-        self._tell("validated", epoch=state.epoch + 1, wer=wer)
+        counts = self._validate(self._recognizer, (done, done))
+        metrics = {"wer": total(counts).rate}
+        judged = judge_epoch(state, metrics["wer"], self._settings.early_stopping)
+        epochs = self._epochs_done()
+        update: dict[str, Any] = {
+            "training_seconds": state.training_seconds + time.monotonic() - began,
+            "curve": state.curve.with_validation(epochs, state.step, metrics),
+            "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory(self._device, self._processes)),
+        }
+        if judged.best_epoch == state.epoch:
+            update["best_counts"] = tuple(one.row for one in counts)
+            if self._rank == 0:
+                adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
+        self._state = judged.model_copy(update=update)
+        _log.info("epoch finished", extra={"epoch": epochs, **{name: round(one, 4) for name, one in metrics.items()}})
+        self._tell("validated", epoch=epochs, **metrics)
 
-    def _validate(self, recognizer: Recognizer, percent: tuple[float, float]) -> float:
-        """Gives the corpus WER of the validation split; every process transcribes its share.
+    def _epochs_done(self) -> float:
+        """Gives the passes over the data that are done, with fraction."""
+        left = self._state.step
+        for number, plan in enumerate(self._plans):
+            if left < len(plan):
+                return number + left / len(plan)
+            left -= len(plan)
+        return float(len(self._plans))
+
+    def _validate(self, recognizer: Recognizer, percent: tuple[float, float]) -> list[ErrorCounts]:
+        """Counts word errors of each utterance of the validation split; every process transcribes its share.
 
         Raises:
             _StopRequested: when the pod has been asked to end.
         """
-        mine = sorted(self._settings.validation, key=lambda one: one.seconds)[self._rank :: self._processes]
+        split, language = self._settings.validation, self._settings.language
+        mine = sorted(range(len(split)), key=lambda index: split[index].seconds)[self._rank :: self._processes]
         self._whisper.model.eval()
-        counts = ErrorCounts()
+        rows: list[Sequence[int]] = [(0, 0, 0, 0)] * len(split)
         # Of the largest share, so that all processes ask each other equally often.
-        share = -(-len(self._settings.validation) // self._processes)
+        share = -(-len(split) // self._processes)
         for start in range(0, share, _VALIDATION_CHUNK):
             if self._agree_to_stop():
                 raise _StopRequested
             chunk = mine[start : start + _VALIDATION_CHUNK]
-            texts = recognizer.transcribe([read_samples(one) for one in chunk])
-            language = self._settings.language
-            counts = total(
-                [
-                    counts,
-                    *(
-                        count_errors(normalise(one.text, language), normalise(text, language))
-                        for one, text in zip(chunk, texts, strict=True)
-                    ),
-                ]
-            )
+            texts = recognizer.transcribe([read_samples(split[index]) for index in chunk])
+            for index, text in zip(chunk, texts, strict=True):
+                rows[index] = count_errors(normalise(split[index].text, language), normalise(text, language)).row
             low, high = percent
             self._tell("progress", percent=low + (high - low) * (start + len(chunk)) / share)
-        sums = torch.tensor([counts.errors, counts.words], dtype=torch.double, device=self._device)
         if self._processes > 1:
-            torch.distributed.all_reduce(sums)
-        errors, words = sums.tolist()
-        if not words:
+            shared = torch.tensor(rows, device=self._device)
+            torch.distributed.all_reduce(shared)
+            rows = shared.tolist()
+        counts = [ErrorCounts.from_row(row) for row in rows]
+        if not total(counts).words:
             message = "the validation split has no words to count errors on; give the Dataset more transcribed audio"
             raise InvalidInput("NoValidationWords", message)
-        return float(errors / words)
+        return counts
 
     def _save_checkpoint(self) -> None:
         """Writes weights, optimiser, random state, position and best adapters; complete once it is sealed."""
@@ -376,16 +451,18 @@ class Training:
         if difference > tolerance:
             raise RuntimeError(f"the merged model differs from the adapted one by {difference:.2e} of the logits")
         state = self._state
+        (self._settings.output / checkpoints.STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
         self._tell(
             "finished",
             wer=state.best_wer,
             baseline_wer=state.baseline_wer,
             steps=state.step,
-            epochs=float(state.epoch),
+            total_steps=self._total_steps,
+            epochs=self._epochs_done(),
             training_seconds=state.training_seconds,
             audio_seconds_per_second=state.audio_seconds / max(state.step_seconds, 1e-9),
             stopped_early=state.stopped_early,
-            gpus=self._processes if self._device.type == "cuda" else 0,
+            gpus=self._gpus,
         )
 
     @torch.inference_mode()
@@ -403,6 +480,10 @@ class Training:
 
     def _stop_wanted(self) -> bool:
         return self._signalled or self._settings.stop_file.exists()
+
+    def _budget_spent(self) -> bool:
+        budget = self._settings.budget
+        return budget is not None and budget.is_spent(self._state.training_seconds, self._gpus)
 
     def _agree_to_stop(self) -> bool:
         """Tells every process whether any was asked to end; all of them have to call this at the same point."""
