@@ -178,6 +178,17 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "a learning rate above 1": ("FineTune", "hyperparameters.learningRate", "1e1", "must be between 1e-9 and 1"),
     "a method that is not there yet": ("FineTune", "method", "Full", "Unsupported value"),
     "a warm-up longer than the run": ("FineTune", "hyperparameters.warmupRatio", "1.1", "must be between 0 and 1"),
+    "a budget that bounds and prices nothing": (
+        "FineTune", "budget", {}, "at least one of maxGpuHours, maxHours and costPerGpuHour must be given",
+    ),
+    "a budget of no time": ("FineTune", "budget", {"maxHours": "0"}, "must be between 0.000001 and 100000"),
+    "a currency without a price": (
+        "FineTune", "budget", {"maxHours": "1", "currency": "EUR"}, "currency goes with costPerGpuHour",
+    ),
+    "a worth without a cost": (
+        "FineTune", "economics", {"costPerCorrectedWord": "0.01", "hoursPerMonth": "100"},
+        "economics needs budget.costPerGpuHour",
+    ),
     "no candidates": ("Evaluation", "candidates", [], "should have at least 1 items"),
     "nine candidates": (
         "Evaluation", "candidates", [{**CANDIDATE, "name": f"c{i}"} for i in range(9)], "must have at most 8 items",
@@ -285,6 +296,7 @@ UNCHANGEABLE = [
     ("FineTune", {"padding": "Window"}),
     ("FineTune", {"distributed": {"processesPerNode": 2}}),
     ("FineTune", {"earlyStopping": {"patience": 5}}),
+    ("FineTune", {"budget": {"maxHours": "2"}}),
 ]
 
 

@@ -27,6 +27,7 @@ from attune_trainer.recipes import finetune, prepare
 from attune_trainer.store import Store, digest_directory
 from attune_trainer.training.launch import TrainingProcesses
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
+from prometheus_client import generate_latest
 from safetensors.numpy import load_file, save_file
 
 from tests.trainer.conftest import S3Server
@@ -181,7 +182,34 @@ def test_a_run_publishes_adapter_and_merged_model_with_their_digests(
     assert store.list("finetune-uninterrupted/checkpoints/") == []
     progress = reporter.snapshot()
     assert progress.stage == "Publishing"
-    assert {metric.name for metric in progress.metrics} >= {"wer", "baselineWer", "loss", "audioSecondsPerSecond"}
+    named = {"wer", "baselineWer", "loss", "audioSecondsPerSecond", "gpuSeconds"}
+    assert {metric.name for metric in progress.metrics} >= named
+    exported = generate_latest(reporter.registry).decode()
+    assert all(f'attune_job_figure{{name="{name}"}}' in exported for name in named)
+
+
+def test_a_run_publishes_a_report_and_a_model_card_beside_the_model_and_no_transcript(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+) -> None:
+    result, _, store, reporter = uninterrupted
+    folder = f"s3://{store.bucket}/finetune-uninterrupted/models/attempt-1"
+    assert result.report_uri == f"{folder}/report.html"
+    assert all(
+        key.startswith("finetune-uninterrupted/models/attempt-1/") for key in store.list("finetune-uninterrupted/")
+    )
+    page = store.read_bytes(result.report_uri).decode()
+    card = store.read_bytes(f"{folder}/README.md").decode()
+    for text in (page, card):
+        assert result.model_digest in text
+        assert f"{100 * float(result.wer):.2f} %" in text
+        assert not [word for word in WORDS if len(word) > 4 and word in text]
+    assert "<svg" in page
+    assert result.estimate is not None
+    assert result.estimate == reporter.snapshot().estimate
+    assert result.estimate.seconds >= 0
+    assert result.peak_memory_bytes is not None
+    assert result.peak_memory_bytes >= result.estimate.memory_bytes > 0
+    assert (result.budget_reached, result.irreproducible) == (False, None)
 
 
 def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
@@ -203,6 +231,7 @@ def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
     assert (result.baseline_wer, result.wer) == (whole.baseline_wer, whole.wer)
     assert result.model_digest == whole.model_digest
     assert result.adapter_digest == whole.adapter_digest
+    assert (result.hardware, result.irreproducible) == (whole.hardware, None)
 
 
 def test_a_run_whose_process_was_killed_goes_on_from_an_unharmed_checkpoint_to_the_very_same_weights(
@@ -325,6 +354,21 @@ def test_two_processes_share_the_work_and_the_optimiser(
     assert second.seen[0] == first.seen[-1] + 1
     assert result.padding is Padding.WINDOW
     assert result.steps == second.seen[-1]
+
+
+def test_a_run_whose_budget_is_spent_ends_at_once_with_a_model_that_was_validated(
+    recipe_for: Callable[..., dict[str, Any]], make_context: MakeContext, key_prefix: str
+) -> None:
+    budget = {"maxHours": "0.000001"}  # less than any step takes: the second one is the last
+    context = make_context(recipe_for(key_prefix, budget=budget, hyperparameters={"epochs": 1000}))
+    result = run(context)
+    assert result.budget_reached
+    assert (result.steps, result.stopped_early) == (2, False)
+    assert result.total_steps is not None
+    assert result.total_steps > 1000
+    assert 0 < float(result.epochs) < 1
+    assert "budget" in str(result.irreproducible)
+    assert load_recognizer(context.work_directory / "output" / "merged", "cpu").model_id == result.model_id
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(

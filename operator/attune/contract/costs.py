@@ -14,10 +14,10 @@ _LONGEST_YEARS: Final = 5  # what takes longer is not paid back: the next model 
 class Budget(ContractModel):
     """Ends a run at the best checkpoint so far; what earlier attempts took counts."""
 
-    max_gpu_hours: Annotated[DecimalString, between("0.0001", "1000000")] | None = Field(
+    max_gpu_hours: Annotated[DecimalString, between("0.000001", "1000000")] | None = Field(
         default=None, description="GPU hours of training, validations included; never reached on a CPU."
     )
-    max_hours: Annotated[DecimalString, between("0.0001", "100000")] | None = Field(
+    max_hours: Annotated[DecimalString, between("0.000001", "100000")] | None = Field(
         default=None, description="Hours of training by the clock, validations included."
     )
     cost_per_gpu_hour: Annotated[DecimalString, between("0", "1000000")] | None = Field(

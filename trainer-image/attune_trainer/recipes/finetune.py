@@ -11,16 +11,17 @@ from typing import Any
 import attune
 from attune.contract.job import DatasetInput, FinetuneRecipe, Split
 from attune.contract.result import Estimate, FinetuneResult
+from pydantic.alias_generators import to_camel
 
 from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
-from attune_trainer.modeling.licence import read_licence
 from attune_trainer.store import digest_directory, fetch_model
 from attune_trainer.training import checkpoints
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
+from attune_trainer.training.licence import read_licence
 from attune_trainer.training.report import TrainedOn, TrainingReport, why_irreproducible, write_card, write_report
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance, fingerprint
 
@@ -35,7 +36,6 @@ class _Inputs:
     base_digest: str
     licence: str | None
     datasets: tuple[TrainedOn, ...]
-    blocks: tuple[str, ...]
 
 
 def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
@@ -92,7 +92,8 @@ class _Follower:
             self._context.reporter.update(metrics={"baselineWer": event["wer"]})
         elif kind == "validated":
             epoch = event.pop("epoch")
-            self._context.reporter.update(epoch=epoch, metrics=event)
+            metrics = {to_camel(name): value for name, value in event.items() if value is not None}
+            self._context.reporter.update(epoch=epoch, metrics=metrics)
         elif kind == "estimate":
             self._context.reporter.expect(Estimate.model_validate(event))
         elif kind == "checkpoint":
@@ -170,11 +171,6 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
             TrainedOn.from_manifest(dataset, manifest)
             for dataset, manifest in zip(recipe.datasets, manifests, strict=True)
         ),
-        blocks=tuple(
-            f"{dataset.name}/{one.block(manifest.by)}"
-            for dataset, manifest in zip(recipe.datasets, manifests, strict=True)
-            for one in load_split(store, dataset, Split.VALIDATION)
-        ),
     )
 
 
@@ -187,8 +183,11 @@ def _utterances(
         InvalidInput: EmptySplit.
     """
     found: list[Utterance] = []
+    blocks: dict[str, str] = {}
     for dataset in datasets:
-        found += load_split(context.store, dataset, split)
+        by, part = load_manifest(context.store, dataset).by, load_split(context.store, dataset, split)
+        blocks |= {one.id: f"{dataset.name}/{one.block(by)}" for one in part}
+        found += part
     if split is Split.TRAIN and len(datasets) > 1:
         found = _without_held_out(context, datasets, found)
     if not found:
@@ -203,7 +202,9 @@ def _utterances(
 
     fetch_audio(context.store, found, folder, report)
     return tuple(
-        TrainingUtterance(audio=folder / audio_name(one.audio_digest), text=one.text, seconds=one.seconds)
+        TrainingUtterance(
+            audio=folder / audio_name(one.audio_digest), text=one.text, seconds=one.seconds, block=blocks[one.id]
+        )
         for one in found
     )
 
@@ -271,7 +272,7 @@ def _publish(
         language=inputs.settings.language,
         licence=inputs.licence,
         datasets=inputs.datasets,
-        blocks=inputs.blocks,
+        blocks=[one.block for one in inputs.settings.validation],
     )
     return result.model_copy(update={"report_uri": _publish_report(report, context, prefix)})
 

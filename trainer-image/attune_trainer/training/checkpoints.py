@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.store import Store, digest_file
-from attune_trainer.training.curve import Curve
+from attune_trainer.training.course import Course
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TrainingState(BaseModel):
         training_seconds: the same with validation.
         stopped_early: whether early stopping has ended the run.
         budget_reached: whether the budget has.
-        curve: losses and validations so far.
+        course: losses and validations so far.
         baseline_counts: word errors of the untuned model, by utterance.
         best_counts: those of the best epoch.
         hardware: classes of hardware that have trained so far, each once.
@@ -65,7 +65,7 @@ class TrainingState(BaseModel):
     training_seconds: float = 0.0
     stopped_early: bool = False
     budget_reached: bool = False
-    curve: Curve = Curve()
+    course: Course = Course()
     baseline_counts: Counts = ()
     best_counts: Counts = ()
     hardware: tuple[Hardware, ...] = ()

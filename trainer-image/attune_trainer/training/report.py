@@ -11,7 +11,6 @@ from attune.contract.job import DatasetInput, FinetuneRecipe
 from attune.contract.result import FinetuneResult
 
 from attune_trainer.data.dataset import DatasetManifest
-from attune_trainer.modeling.licence import OTHER
 from attune_trainer.pages import draw, render_page
 from attune_trainer.scoring.bootstrap import (
     REPLICATIONS,
@@ -24,6 +23,7 @@ from attune_trainer.scoring.errors import ErrorCounts, total
 from attune_trainer.scoring.normaliser import NORMALISER
 from attune_trainer.scoring.report import describe_span
 from attune_trainer.training.checkpoints import Counts, TrainingState
+from attune_trainer.training.licence import OTHER
 
 # Of a recipe: told elsewhere in the report, or no parameter.
 _NO_PARAMETERS: Final = {
@@ -295,23 +295,23 @@ def _read_counts(rows: Counts) -> list[ErrorCounts]:
 
 def _plot(state: TrainingState, work_directory: Path) -> markupsafe.Markup:
     """Draws loss by step, and beside it every figure of the validations by epoch."""
-    curve = state.curve
-    names = list(dict.fromkeys(name for one in curve.validations for name in one.metrics))
+    course = state.course
+    names = list(dict.fromkeys(name for one in course.validations for name in one.metrics))
 
     def paint(figure: Any) -> None:
         losses, figures = figure.subplots(1, 2)
-        losses.plot(curve.steps(), curve.losses, linewidth=1)
+        losses.plot(course.steps(), course.losses, linewidth=1)
         losses.set_xlabel("step")
         losses.set_ylabel("training loss")
         losses.set_ylim(bottom=0)
         for name in names:
-            told = [(one.epoch, 100 * one.metrics[name]) for one in curve.validations if name in one.metrics]
+            told = [(one.epoch, 100 * one.metrics[name]) for one in course.validations if name in one.metrics]
             figures.plot(*zip(*told, strict=True), marker="o", label=name)
-        figures.axhline(100 * state.baseline_wer, linestyle="--", linewidth=1, color="gray", label="wer of the base")
-        figures.set_xlabel("epoch")
+        figures.set_xlabel("epoch (0: the base model)")
         figures.set_ylabel("on the validation split (%)")
         figures.set_ylim(bottom=0)
-        figures.legend(loc="best")
+        if names:
+            figures.legend(loc="best")
         for axes in (losses, figures):
             axes.grid(alpha=0.3)
 

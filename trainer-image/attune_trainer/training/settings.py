@@ -15,6 +15,7 @@ class TrainingUtterance(BaseModel):
         audio: FLAC or WAV file, mono at 16 kHz.
         text: its transcript, as the model is to write it.
         seconds: duration.
+        block: speaker, call or group; utterances of one are not independent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -22,6 +23,7 @@ class TrainingUtterance(BaseModel):
     audio: Path
     text: str
     seconds: float
+    block: str = ""
 
 
 class TrainingSettings(BaseModel):

@@ -33,6 +33,7 @@ from attune_trainer.training import adapters, checkpoints
 from attune_trainer.training.arithmetic import wants_bf16
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
+from attune_trainer.training.course import Course
 from attune_trainer.training.estimate import choose_probe, extrapolate
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.hardware import describe_hardware, peak_memory
@@ -92,9 +93,11 @@ class Training:
             began = time.monotonic()
             counts = self._validate(Recognizer(self._whisper, base_artifact), (10, 20))
             self._baseline_seconds = time.monotonic() - began
+            wer = total(counts).rate
             state = TrainingState(
                 fingerprint=settings.fingerprint,
-                baseline_wer=total(counts).rate,
+                baseline_wer=wer,
+                course=Course().with_validation(0, 0, {"wer": wer}),
                 baseline_counts=tuple(one.row for one in counts),
             )
         self._tell("baseline", wer=state.baseline_wer)
@@ -268,7 +271,7 @@ class Training:
                 "audio_seconds": state.audio_seconds + audio_seconds,
                 "step_seconds": state.step_seconds + seconds,
                 "training_seconds": state.training_seconds + seconds,
-                "curve": state.curve.with_loss(loss),
+                "course": state.course.with_loss(loss),
             }
         )
 
@@ -325,7 +328,7 @@ class Training:
         epochs = self._epochs_done()
         update: dict[str, Any] = {
             "training_seconds": state.training_seconds + time.monotonic() - began,
-            "curve": state.curve.with_validation(epochs, state.step, metrics),
+            "course": state.course.with_validation(epochs, state.step, metrics),
             "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory(self._device, self._processes)),
         }
         if judged.best_epoch == state.epoch:

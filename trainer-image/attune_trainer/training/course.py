@@ -24,15 +24,15 @@ class Validation(BaseModel):
     metrics: dict[str, float]
 
 
-class Curve(BaseModel):
-    """A run's course so far; part of its checkpoints, so that a resumed run has one curve.
+class Course(BaseModel):
+    """Losses and validations so far; part of a run's checkpoints, so that a resumed run has one curve.
 
     Attributes:
         stride: steps that each loss is the mean of; it doubles when there are too many points.
         losses: mean losses, in order; the last point's step is their number times the stride.
         waiting_loss: sum of the losses that make no whole point yet.
         waiting_steps: how many they are.
-        validations: in order, at most one for each epoch.
+        validations: in order; the first is of the base model, then there is at most one for each epoch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class Curve(BaseModel):
     waiting_steps: int = 0
     validations: tuple[Validation, ...] = ()
 
-    def with_loss(self, loss: float) -> "Curve":
+    def with_loss(self, loss: float) -> "Course":
         """Adds the loss of the next step."""
         waiting_loss, waiting_steps = self.waiting_loss + loss, self.waiting_steps + 1
         if waiting_steps < self.stride:
@@ -54,7 +54,7 @@ class Curve(BaseModel):
             stride *= 2
         return self.model_copy(update={"stride": stride, "losses": losses, "waiting_loss": 0.0, "waiting_steps": 0})
 
-    def with_validation(self, epoch: float, step: int, metrics: Mapping[str, float]) -> "Curve":
+    def with_validation(self, epoch: float, step: int, metrics: Mapping[str, float]) -> "Course":
         """Adds what a validation gave."""
         validation = Validation(epoch=epoch, step=step, metrics=dict(metrics))
         return self.model_copy(update={"validations": (*self.validations, validation)})
