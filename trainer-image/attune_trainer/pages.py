@@ -23,6 +23,7 @@ def render_page(template: str, **values: Any) -> str:
         autoescape=jinja2.select_autoescape(("html.j2",)),
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
     return environment.get_template(template).render(values)
 

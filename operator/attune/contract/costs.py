@@ -15,10 +15,11 @@ class Budget(ContractModel):
     """Ends a run at the best checkpoint so far; what earlier attempts took counts."""
 
     max_gpu_hours: Annotated[DecimalString, between("0.000001", "1000000")] | None = Field(
-        default=None, description="GPU hours of training, validations included; never reached on a CPU."
+        default=None,
+        description="GPU hours of training and of the validations after its epochs; never reached on a CPU.",
     )
     max_hours: Annotated[DecimalString, between("0.000001", "100000")] | None = Field(
-        default=None, description="Hours of training by the clock, validations included."
+        default=None, description="Hours of the same by the clock."
     )
     cost_per_gpu_hour: Annotated[DecimalString, between("0", "1000000")] | None = Field(
         default=None, description="Price of a GPU hour: progress, usage and report then name costs."
