@@ -25,15 +25,12 @@ from attune_trainer.scoring.report import describe_span
 from attune_trainer.training.checkpoints import Counts, TrainingState
 from attune_trainer.training.licence import OTHER
 
-# Of a recipe: told elsewhere in the report, or no parameter.
-_NO_PARAMETERS: Final = {
-    "recipe",
-    "base",
-    "datasets",
-    "model_id",
-    "output_prefix",
-    "checkpoint_prefix",
-    "economics",
+# Of a recipe: told elsewhere, or no parameter. Prices are not for a model card, which goes where the model goes.
+_NO_PARAMETERS: Final[dict[str, Any]] = {
+    **dict.fromkeys(
+        ("recipe", "base", "datasets", "model_id", "output_prefix", "checkpoint_prefix", "economics"), True
+    ),
+    "budget": {"cost_per_gpu_hour", "currency"},
 }
 
 
@@ -203,7 +200,7 @@ def _summarise(result: FinetuneResult, figures: Figures | None) -> str:
     if figures is None or figures.change is None:
         return rates
     change = figures.change
-    return f"{rates}, {100 * change.value:+.1f} % (95 % interval {describe_span(change, '+')})"
+    return f"{rates}, a change of {100 * change.value:+.1f} % (95 % interval {describe_span(change, '+')})"
 
 
 def _describe_ending(report: TrainingReport) -> str:
