@@ -65,6 +65,7 @@ ESTIMATE = Estimate(seconds=90, gpu_hours="0.2", memory_bytes=3_000_000_000)
 # All that a trainer tells, of a run that its budget has ended.
 TRAINED_ON_GPUS = TRAINED.model_copy(
     update={
+        "weights_digest": "sha256:" + "9" * 64,
         "total_steps": 400,
         "training_seconds": 5400,
         "gpu_seconds": 43200,

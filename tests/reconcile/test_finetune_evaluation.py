@@ -46,6 +46,7 @@ def test_the_chain_from_audio_to_verdict(namespace: Namespace, operator: Operato
     assert "0.113" in done["message"]
     status = namespace.get("FineTune", "lora")["status"]
     assert status["report"] == TRAINED_ON_GPUS.report_uri
+    assert status["model"]["weightsDigest"] == TRAINED_ON_GPUS.weights_digest
     assert status["estimate"] == {"seconds": 90, "gpuHours": "0.2", "memoryBytes": 3_000_000_000}
     assert status["usage"]["peakMemoryBytes"] == 2_500_000_000
     assert status["lineage"]["imageDigest"] == IMAGE_ID.partition("@")[2]

@@ -188,7 +188,7 @@ class TestReport:
         for digest in (TRAINED_ON_GPUS.model_digest, TRAINED_ON_GPUS.base_digest, report.recipe.config_digest()):
             assert digest in page
         assert "A processor, fp32, 1 process of 2 threads, torch 2.15.0" in text
-        assert "gives a model with the same digest" in text
+        assert "gives weights of the same digest" in text
 
     def test_its_intervals_are_drawn_over_speakers_where_there_are_enough(self) -> None:
         report = make_report()

@@ -134,6 +134,11 @@ class ModelStatus(StatusModel):
     adapter_uri: str = Field(max_length=1024, description="Folder of the adapter.")
     adapter_digest: str = Field(max_length=71, description="Digest of the adapter's files.")
     padding: Padding = Field(description="How the model wants its audio padded.")
+    weights_digest: str | None = Field(
+        default=None,
+        max_length=71,
+        description="Digest of its weights alone: the same again for the same FineTune under another name.",
+    )
 
 
 class LineageDataset(StatusModel):
@@ -169,7 +174,7 @@ class Lineage(StatusModel):
     irreproducible: str | None = Field(
         default=None,
         max_length=256,
-        description="Why the same FineTune again, on the same class of hardware, may give another digest.",
+        description="Why the same FineTune again, on the same class of hardware, may give weights of another digest.",
     )
 
 

@@ -123,6 +123,7 @@ class FinetuneResult(ContractModel):
     audio_seconds_per_second: DecimalString
     stopped_early: bool = False
     # Absent in results of trainers before these were told.
+    weights_digest: str | None = None  # of the merged model's weights alone: its other files name the model
     total_steps: int | None = None  # that were planned
     budget_reached: bool | None = None
     cost: DecimalString | None = None  # where the budget has a price
@@ -131,7 +132,7 @@ class FinetuneResult(ContractModel):
     report_uri: str | None = None
     code_version: str | None = None
     hardware: Hardware | None = None
-    # Why the same run again, on the same hardware, may give another digest.
+    # Why the same run again, on the same hardware, may give weights of another digest.
     irreproducible: str | None = Field(default=None, max_length=256)
 
 

@@ -223,6 +223,7 @@ def _take_result(status: FineTuneStatus, result: FinetuneResult, job_name: str) 
                 adapter_uri=result.adapter_uri,
                 adapter_digest=result.adapter_digest,
                 padding=result.padding,
+                weights_digest=result.weights_digest,
             ),
             "lineage": status.lineage.model_copy(update=made_by) if status.lineage is not None else None,
             "metrics": FineTuneMetrics(baseline_wer=result.baseline_wer, wer=result.wer),

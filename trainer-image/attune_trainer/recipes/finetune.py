@@ -17,7 +17,7 @@ from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
-from attune_trainer.store import digest_directory, fetch_model
+from attune_trainer.store import digest_directory, digest_weights, fetch_model
 from attune_trainer.training import checkpoints
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
@@ -256,6 +256,7 @@ def _publish(
         gpu_seconds=gpu_seconds,
         audio_seconds_per_second=decimal_string(outcome["audio_seconds_per_second"], 3),
         stopped_early=outcome["stopped_early"],
+        weights_digest=digest_weights(merged),
         budget_reached=state.budget_reached,
         cost=None if cost is None else decimal_string(cost, 2),
         peak_memory_bytes=state.peak_memory_bytes,

@@ -115,7 +115,7 @@ def measure(state: TrainingState, blocks: Sequence[str]) -> Figures | None:
 
 
 def why_irreproducible(state: TrainingState, gpus: int) -> str | None:
-    """Says why the same run again, on the same class of hardware, may give another digest; None where it does not."""
+    """Says why the same run again, on the same class of hardware, may give other weights; None where it does not."""
     if state.budget_reached:
         return "its budget ended it by the clock, and another run may be faster or slower"
     if len(state.hardware) > 1:
@@ -123,7 +123,7 @@ def why_irreproducible(state: TrainingState, gpus: int) -> str | None:
     if gpus:
         return "a GPU adds numbers up in an order that changes from run to run"
     if state.hardware and state.hardware[0].processes > 1:
-        return "several processes trained together; the same digest is only promised for one"
+        return "several processes trained together; the same weights are only promised for one"
     return None
 
 
@@ -180,6 +180,7 @@ def _describe(report: TrainingReport) -> dict[str, Any]:
         "digests": {
             "base model": result.base_digest,
             "merged model": result.model_digest,
+            "its weights alone": result.weights_digest or "not known",
             "adapter": result.adapter_digest,
             "configuration": recipe.config_digest(),
         },
