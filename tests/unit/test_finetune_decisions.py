@@ -78,9 +78,10 @@ def test_what_decides_the_model_changes_the_digest_of_its_configuration_and_noth
     plain = wanted_recipe().config_digest()
     assert wanted_recipe(checkpoint={"everySteps": 7}).config_digest() == plain
     assert wanted_recipe(lora={"rank": 8}).config_digest() != plain
-    priced = wanted_recipe(budget=BUDGET)
-    assert priced.config_digest() != plain
-    assert wanted_recipe(budget=BUDGET, economics=ECONOMICS).config_digest() == priced.config_digest()
+    bounded = wanted_recipe(budget={"maxGpuHours": "12"}).config_digest()
+    assert bounded != plain
+    assert wanted_recipe(budget=BUDGET, economics=ECONOMICS).config_digest() == bounded
+    assert wanted_recipe(budget={"costPerGpuHour": "2.5"}).config_digest() == plain
 
 
 def test_an_estimate_is_taken_over_once_and_compared_with_the_truth() -> None:

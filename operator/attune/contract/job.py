@@ -117,8 +117,13 @@ class FinetuneRecipe(ContractModel):
             mode="json",
             by_alias=True,
             exclude_none=True,
-            exclude={"checkpoint", "model_id", "output_prefix", "checkpoint_prefix", "economics"},
+            exclude={
+                **dict.fromkeys(("checkpoint", "model_id", "output_prefix", "checkpoint_prefix", "economics"), True),
+                "budget": {"cost_per_gpu_hour", "currency"},
+            },
         )
+        if not told.get("budget"):
+            told.pop("budget", None)
         text = json.dumps(told, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

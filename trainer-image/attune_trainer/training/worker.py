@@ -223,7 +223,7 @@ class Training:
                 self._report_step(loss)
                 if stop:
                     raise _StopRequested
-                if spent:
+                if spent and self._state.step < self._total_steps:
                     _log.info("the budget is spent", extra={"step": self._state.step})
                     self._state = self._state.model_copy(update={"budget_reached": True})
                     break
