@@ -128,7 +128,7 @@ def tune(
     def follow(event: dict[str, Any]) -> None:
         if event["kind"] == "validated":
             old = f", old {event['oldWer']:.1%}" if "oldWer" in event else ""
-            say(f"{folder.name}: epoch {event['epoch']}, new {event['wer']:.1%}{old}")
+            say(f"{folder.name}: epoch {event['epoch']:g}, new {event['wer']:.1%}{old}")
 
     with TrainingProcesses(folder / "processes", 1) as processes:
         processes.begin(

@@ -18,7 +18,7 @@ from attune.settings import Settings
 from attune_trainer.job import read_spec, summarise
 from attune_trainer.store import Store
 
-from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED
+from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED, TRAINED_ON_GPUS
 from tests.unit.worlds import decide, enact, observe
 
 SETTINGS = Settings(trainer_image="registry.test/trainer:1", inference_image="registry.test/inference:1")
@@ -121,7 +121,7 @@ def test_every_exit_code_has_its_rule_and_disruption_comes_first() -> None:
     assert ruled[137] == "FailJob"
 
 
-@pytest.mark.parametrize("result", [PREPARED, TRAINED, EVALUATED])
+@pytest.mark.parametrize("result", [PREPARED, TRAINED, TRAINED_ON_GPUS, EVALUATED])
 def test_termination_message_survives_the_way_back(result: Any) -> None:
     message = summarise(result=result).to_message()
     assert Summary.model_validate_json(message).result == result

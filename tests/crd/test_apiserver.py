@@ -264,6 +264,17 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
         "FineTune", "augmentation", {"specAugment": {"timeMasks": 0, "frequencyMasks": 0}},
         "specAugment needs timeMasks or frequencyMasks",
     ),
+    "a budget that bounds and prices nothing": (
+        "FineTune", "budget", {}, "at least one of maxGpuHours, maxHours and costPerGpuHour must be given",
+    ),
+    "a budget of no time": ("FineTune", "budget", {"maxHours": "0"}, "must be between 0.000001 and 100000"),
+    "a currency without a price": (
+        "FineTune", "budget", {"maxHours": "1", "currency": "EUR"}, "currency goes with costPerGpuHour",
+    ),
+    "a worth without a cost": (
+        "FineTune", "economics", {"costPerCorrectedWord": "0.01", "hoursPerMonth": "100"},
+        "economics needs budget.costPerGpuHour",
+    ),
     "no candidates": ("Evaluation", "candidates", [], "should have at least 1 items"),
     "nine candidates": (
         "Evaluation", "candidates", [{**CANDIDATE, "name": f"c{i}"} for i in range(9)], "must have at most 8 items",
@@ -376,6 +387,7 @@ UNCHANGEABLE = [
     ("FineTune", {"augmentation": {"speed": {}}}),
     ("FineTune", {"datasetTemperature": "2"}),
     ("FineTune", {"retention": {"replay": OLD}}),
+    ("FineTune", {"budget": {"maxHours": "2"}}),
 ]
 
 

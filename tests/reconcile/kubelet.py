@@ -10,6 +10,7 @@ from attune.contract.result import Summary
 from attune.render.job import CONTAINER
 
 T = TypeVar("T")
+IMAGE_ID = "registry.test/trainer@sha256:" + "f" * 64
 SECONDS = 120.0  # far more than it takes; the machine may have other work
 
 
@@ -159,7 +160,7 @@ def container_status(state: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": CONTAINER,
                 "image": "trainer",
-                "imageID": "",
+                "imageID": IMAGE_ID,
                 "ready": "running" in state,
                 "restartCount": 0,
                 "started": "running" in state,

@@ -11,8 +11,8 @@ from attune.contract.job import EvaluateRecipe, FinetuneRecipe, JobSpec
 from attune.contract.result import Failure, MetricValue, Progress, Summary
 
 from tests.reconcile.conftest import OperatorProcess
-from tests.reconcile.kubelet import Namespace, find_condition, wait_for
-from tests.reconcile.samples import DATASET, EVALUATED, EVALUATION, FINE_TUNE, PREPARED, TRAINED
+from tests.reconcile.kubelet import IMAGE_ID, Namespace, find_condition, wait_for
+from tests.reconcile.samples import DATASET, EVALUATED, EVALUATION, FINE_TUNE, PREPARED, TRAINED, TRAINED_ON_GPUS
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(180)]
 
@@ -40,11 +40,18 @@ def test_the_chain_from_audio_to_verdict(namespace: Namespace, operator: Operato
     assert recipe.datasets[0].revision == PREPARED.revision
     assert recipe.output_prefix.startswith(f"models/{namespace.name}/finetune/lora/")
     namespace.wait_reason("Evaluation", "holdout", "FineTuneNotFinished")
-    namespace.finish(training, Summary(result=TRAINED))
-    done = namespace.wait_reason("FineTune", "lora", "Trained")
+    namespace.finish(training, Summary(result=TRAINED_ON_GPUS))
+    done = namespace.wait_reason("FineTune", "lora", "BudgetReached")
     assert done["status"] == "True"
     assert "0.113" in done["message"]
     status = namespace.get("FineTune", "lora")["status"]
+    assert status["report"] == TRAINED_ON_GPUS.report_uri
+    assert status["model"]["weightsDigest"] == TRAINED_ON_GPUS.weights_digest
+    assert status["estimate"] == {"seconds": 90, "gpuHours": "0.2", "memoryBytes": 3_000_000_000}
+    assert status["usage"]["peakMemoryBytes"] == 2_500_000_000
+    assert status["lineage"]["imageDigest"] == IMAGE_ID.partition("@")[2]
+    assert status["lineage"]["configDigest"] == recipe.config_digest()
+    assert status["lineage"]["hardware"]["processes"] == 8
     assert status["model"]["digest"] == TRAINED.model_digest
     assert status["lineage"]["datasets"] == [{"name": "calls", "revision": PREPARED.revision, "uri": PREPARED.uri}]
 

@@ -93,7 +93,7 @@ def in_splits(store: Store, named: Sequence[DatasetInput], *splits: Split) -> se
 def test_a_lone_dataset_is_taken_as_it_was_divided(store: Store, datasets: list[DatasetInput]) -> None:
     found = choose_corpus(store, wish(datasets[:1]), ())
     assert [one for _, one in found.train] == load_split(store, datasets[0], Split.TRAIN)
-    assert list(found.validation) == load_split(store, datasets[0], Split.VALIDATION)
+    assert [one for _, one in found.validation] == load_split(store, datasets[0], Split.VALIDATION)
     assert (found.old_validation, found.sample, found.mixture) == ((), (), None)
 
 
@@ -135,7 +135,7 @@ def test_what_an_earlier_generation_holds_out_is_not_trained_on_and_what_it_hear
     assert found.train
     assert found.validation
     assert not texts([one for _, one in found.train]) & in_splits(store, [new, earlier], *APART)
-    assert not texts(found.validation) & in_splits(store, [earlier], Split.TRAIN)
+    assert not texts([one for _, one in found.validation]) & in_splits(store, [earlier], Split.TRAIN)
 
 
 def test_to_be_tuned_on_the_same_dataset_once_more_leaves_its_splits_alone(

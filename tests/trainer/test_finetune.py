@@ -29,6 +29,7 @@ from attune_trainer.store import Store, digest_directory
 from attune_trainer.training import checkpoints
 from attune_trainer.training.launch import TrainingProcesses
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
+from prometheus_client import generate_latest
 from safetensors.numpy import load_file, save_file
 
 from tests.trainer.conftest import S3Server
@@ -188,7 +189,34 @@ def test_a_run_publishes_adapter_and_merged_model_with_their_digests(
     assert store.list("finetune-uninterrupted/checkpoints/") == []
     progress = reporter.snapshot()
     assert progress.stage == "Publishing"
-    assert {metric.name for metric in progress.metrics} >= {"wer", "baselineWer", "loss", "audioSecondsPerSecond"}
+    named = {"wer", "baselineWer", "loss", "audioSecondsPerSecond", "gpuSeconds"}
+    assert {metric.name for metric in progress.metrics} >= named
+    exported = generate_latest(reporter.registry).decode()
+    assert all(f'attune_job_figure{{name="{name}"}}' in exported for name in named)
+
+
+def test_a_run_publishes_a_report_and_a_model_card_beside_the_model_and_no_transcript(
+    uninterrupted: tuple[FinetuneResult, Path, Store, ProgressReporter],
+) -> None:
+    result, _, store, reporter = uninterrupted
+    folder = f"s3://{store.bucket}/finetune-uninterrupted/models/attempt-1"
+    assert result.report_uri == f"{folder}/report.html"
+    assert all(
+        key.startswith("finetune-uninterrupted/models/attempt-1/") for key in store.list("finetune-uninterrupted/")
+    )
+    page = store.read_bytes(result.report_uri).decode()
+    card = store.read_bytes(f"{folder}/README.md").decode()
+    for text in (page, card):
+        assert result.model_digest in text
+        assert f"{100 * float(result.wer):.2f} %" in text
+        assert not [word for word in WORDS if len(word) > 4 and word in text]
+    assert "<svg" in page
+    assert result.estimate is not None
+    assert result.estimate == reporter.snapshot().estimate
+    assert result.estimate.seconds >= 0
+    assert result.peak_memory_bytes is not None
+    assert result.peak_memory_bytes >= result.estimate.memory_bytes > 0
+    assert (result.budget_reached, result.irreproducible) == (False, None)
 
 
 def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
@@ -210,6 +238,7 @@ def test_a_run_that_was_asked_to_end_goes_on_to_the_very_same_weights(
     assert (result.baseline_wer, result.wer) == (whole.baseline_wer, whole.wer)
     assert result.model_digest == whole.model_digest
     assert result.adapter_digest == whole.adapter_digest
+    assert (result.hardware, result.irreproducible) == (whole.hardware, None)
 
 
 def test_a_run_that_hears_other_audio_in_each_epoch_goes_on_to_the_very_same_weights(
@@ -290,12 +319,14 @@ def test_a_run_that_was_cut_off_while_it_published_trains_no_step_again(
         patch.setattr(finetune, "_publish", lose)
         with pytest.raises(StoreUnavailable):
             run(make_context(recipe_for(key_prefix), work_directory=tmp_path / "first"))
-    second, result = go_on(make_context, recipe_for(key_prefix), tmp_path / "second")
+    # Under another name, as a copy of the FineTune would be: the model is another, its weights are not.
+    second, result = go_on(make_context, recipe_for(key_prefix, modelId="ft:tiny:123456"), tmp_path / "second")
     whole = uninterrupted[0]
     assert second.seen == []
     assert (result.steps, result.epochs, result.stopped_early) == (whole.steps, whole.epochs, whole.stopped_early)
     assert (result.baseline_wer, result.wer) == (whole.baseline_wer, whole.wer)
-    assert (result.model_digest, result.adapter_digest) == (whole.model_digest, whole.adapter_digest)
+    assert result.weights_digest == whole.weights_digest
+    assert result.model_digest != whole.model_digest
 
 
 def test_a_second_generation_keeps_an_old_domain_tells_of_both_and_goes_on_to_the_very_same_weights(
@@ -460,6 +491,21 @@ def test_two_processes_that_share_a_run_out_learn_what_one_with_both_their_batch
     assert all(np.abs(value).max() > 0 for value in shared.values())
     for name, value in shared.items():
         np.testing.assert_allclose(value, whole[name], atol=2e-4)
+
+
+def test_a_run_whose_budget_is_spent_ends_at_once_with_a_model_that_was_validated(
+    recipe_for: Callable[..., dict[str, Any]], make_context: MakeContext, key_prefix: str
+) -> None:
+    budget = {"maxHours": "0.000001"}  # less than any step takes: the second one is the last
+    context = make_context(recipe_for(key_prefix, budget=budget, hyperparameters={"epochs": 1000}))
+    result = run(context)
+    assert result.budget_reached
+    assert (result.steps, result.stopped_early) == (2, False)
+    assert result.total_steps is not None
+    assert result.total_steps > 1000
+    assert 0 < float(result.epochs) < 1
+    assert "budget" in str(result.irreproducible)
+    assert load_recognizer(context.work_directory / "output" / "merged", "cpu").model_id == result.model_id
 
 
 def test_a_run_of_all_weights_goes_on_from_a_checkpoint_to_the_very_same_weights(

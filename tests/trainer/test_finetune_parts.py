@@ -838,6 +838,7 @@ class TestFingerprint:
             self.of(datasets=[dataset_input("0")]),
             self.of(datasets=[dataset_input("a", weight="2")]),
             self.of(datasetTemperature="2"),
+            self.of(budget={"maxHours": "1", "costPerGpuHour": "2"}),
             self.of(method="Full"),
             self.of(method="QLora"),
             self.of(lora={"variant": "Dora"}),
@@ -855,3 +856,4 @@ class TestFingerprint:
             self.of([Path("street.flac")], **speed),
         ]
         assert len(set(marks)) == len(marks)
+        assert self.of(budget={"costPerGpuHour": "2"}) == marks[0]  # a price ends no run

@@ -17,6 +17,7 @@ from attune.api.meta import (
     cel,
 )
 from attune.contract.base import DecimalString, between
+from attune.contract.costs import Budget, Economics
 from attune.contract.training import (
     RT60_MAX_SECONDS,
     RT60_MIN_SECONDS,
@@ -166,7 +167,7 @@ class FineTuneSpec(SpecModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            *_immutable_if_any("earlyStopping", "augmentation", "datasetTemperature", "retention"),
+            *_immutable_if_any("earlyStopping", "budget", "augmentation", "datasetTemperature", "retention"),
             (
                 "!has(self.datasetTemperature) || size(self.datasets) > 1",
                 "datasetTemperature needs at least two datasets",
@@ -195,6 +196,10 @@ class FineTuneSpec(SpecModel):
             (
                 f"self.hyperparameters.precision != '{Precision.FP16}' || self.distributed.deepspeed.zeroStage == 0",
                 "precision Fp16 works with zeroStage 0 only: choose Bf16, or leave zeroStage out",
+            ),
+            (
+                "!has(self.economics) || (has(self.budget) && has(self.budget.costPerGpuHour))",
+                "economics needs budget.costPerGpuHour: what the run costs",
             ),
         )
     )
@@ -251,6 +256,21 @@ class FineTuneSpec(SpecModel):
     retention: RetentionSpec | None = Field(
         default=None, description="Keeps the model from forgetting what it heard well before."
     )
+    budget: Budget | None = Field(
+        default=None,
+        description="Ends the run, at the best checkpoint so far, when it has taken this much.",
+        json_schema_extra=cel(
+            (
+                "has(self.maxGpuHours) || has(self.maxHours) || has(self.costPerGpuHour)",
+                "at least one of maxGpuHours, maxHours and costPerGpuHour must be given",
+            ),
+            ("!has(self.currency) || has(self.costPerGpuHour)", "currency goes with costPerGpuHour"),
+        ),
+    )
+    economics: Economics | None = Field(
+        default=None,
+        description="What corrections cost: the status then says when the run has paid for itself. May change.",
+    )
     distributed: Distributed = Field(
         default_factory=Distributed, description="Processes that train together.", json_schema_extra=cel(IMMUTABLE)
     )
@@ -293,6 +313,11 @@ class ModelStatus(StatusModel):
     )
     adapter_digest: str | None = Field(default=None, max_length=71, description="Digest of the adapter's files.")
     padding: Padding = Field(description="How the model wants its audio padded.")
+    weights_digest: str | None = Field(
+        default=None,
+        max_length=71,
+        description="Digest of its weights alone: the same again for the same FineTune under another name.",
+    )
 
 
 class LineageDataset(StatusModel):
@@ -313,6 +338,16 @@ class LineageParent(StatusModel):
     adapter_digest: str | None = Field(default=None, max_length=71, description="Digest of its adapter's files.")
 
 
+class HardwareStatus(StatusModel):
+    """A class of hardware: where all of it is equal, the same run gives the same weights."""
+
+    device: str = Field(max_length=128, description="GPU or processor.")
+    precision: str = Field(max_length=8, description="bf16, fp16 or fp32.")
+    processes: int = Field(ge=1, description="Training processes.")
+    threads: int = Field(ge=1, description="Threads of each process.")
+    torch: str = Field(max_length=64, description="Version of torch.")
+
+
 class Lineage(StatusModel):
     """Where the model comes from."""
 
@@ -321,6 +356,17 @@ class Lineage(StatusModel):
     parent: LineageParent | None = Field(default=None, description="The FineTune that made the base model, if one did.")
     datasets: list[LineageDataset] = Field(default=[], max_length=8, description="What it was trained on.")
     retained: LineageDataset | None = Field(default=None, description="The Dataset of the old domain.")
+    config_digest: str | None = Field(
+        default=None, max_length=71, description="Digest of the configuration, the base's address and the revisions."
+    )
+    image_digest: str | None = Field(default=None, max_length=71, description="Digest of the trainer image.")
+    code_version: str | None = Field(default=None, max_length=32, description="Attune's version in that image.")
+    hardware: HardwareStatus | None = Field(default=None, description="The class of hardware that it ran on.")
+    irreproducible: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Why the same FineTune again, on the same class of hardware, may give weights of another digest.",
+    )
 
 
 class FineTuneMetrics(StatusModel):
@@ -342,6 +388,19 @@ class Usage(StatusModel):
     training_seconds: int = Field(ge=0, description="Wall-clock seconds of training.")
     gpu_seconds: int = Field(ge=0, description="GPU seconds; 0 on a CPU.")
     audio_seconds_per_second: DecimalString = Field(description="Seconds of audio trained on in a second.")
+    peak_memory_bytes: int | None = Field(
+        default=None, ge=0, description="Peak of the fullest GPU; on a CPU, of all training processes together."
+    )
+    cost: DecimalString | None = Field(default=None, description="Price of the GPU time, in the budget's currency.")
+    budget_reached: bool | None = Field(default=None, description="Whether the budget has ended the run.")
+
+
+class EstimateStatus(StatusModel):
+    """What the whole run will take, without early stopping and budget."""
+
+    seconds: int = Field(ge=0, description="Wall-clock seconds of training, validations included.")
+    gpu_hours: DecimalString = Field(description="GPU hours; 0 on a CPU.")
+    memory_bytes: int = Field(ge=0, description="Peak memory, as in usage.")
 
 
 class FineTuneStatus(Status):
@@ -353,7 +412,11 @@ class FineTuneStatus(Status):
     lineage: Lineage | None = Field(default=None, description="Where the model comes from.")
     metrics: FineTuneMetrics | None = Field(default=None, description="Validation figures.")
     curve: str | None = Field(default=None, max_length=1024, description="Address of the figures after every epoch.")
+    estimate: EstimateStatus | None = Field(
+        default=None, description="What it will take, extrapolated from its first steps; usage is what it took."
+    )
     usage: Usage | None = Field(default=None, description="What the run took.")
+    report: str | None = Field(default=None, max_length=1024, description="HTML report in the store.")
     job_name: str | None = Field(default=None, max_length=63, description="The run's Job.")
 
 

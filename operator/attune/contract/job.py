@@ -1,11 +1,14 @@
 """JobSpec: everything that a recipe is told, as one mounted job.json."""
 
+import hashlib
+import json
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from attune.contract.base import ContractModel, DecimalString
+from attune.contract.costs import Budget, Economics
 from attune.contract.measures import Gate, Metric
 from attune.contract.training import (
     Augmentation,
@@ -125,6 +128,22 @@ class FinetuneRecipe(ContractModel):
     model_id: str  # ft:<base>:<six hexadecimal digits>
     output_prefix: str  # key prefix; the model lands in <prefix>/<attempt uid>/{merged,adapter}
     checkpoint_prefix: str  # key prefix; shared by all attempts of this run
+    budget: Budget | None = None
+    economics: Economics | None = None  # for the report alone
+
+    def config_digest(self) -> str:
+        """Digest of all that is told to decide the model; where files go, checkpoints and prices do not."""
+        told = self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude_none=True,
+            exclude={"checkpoint", "model_id", "output_prefix", "checkpoint_prefix", "economics", "budget"},
+        )
+        limits = self.budget.limits() if self.budget is not None else {}
+        if limits:
+            told["budget"] = limits
+        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 class EvaluateCandidate(ContractModel):

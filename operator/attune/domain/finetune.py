@@ -1,13 +1,16 @@
 """FineTune: a base model and Datasets, fixed at their revisions -> a finetune Job -> a model."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 from attune.api.finetune import (
+    EstimateStatus,
     FineTune,
     FineTuneMetrics,
     FineTuneStatus,
+    HardwareStatus,
     Lineage,
     LineageDataset,
     LineageParent,
@@ -16,8 +19,9 @@ from attune.api.finetune import (
     ProgressStatus,
     Usage,
 )
+from attune.contract.costs import describe_break_even
 from attune.contract.job import DatasetInput, FinetuneRecipe, ModelInput, Retention, TrainingInput
-from attune.contract.result import FinetuneResult, Progress
+from attune.contract.result import Estimate, FinetuneResult, Progress
 from attune.contract.training import Checkpointing, Ewc, Replay
 from attune.domain.actions import EnsureJob, Plan
 from attune.domain.conditions import State
@@ -39,6 +43,7 @@ from attune.domain.names import fingerprint, is_same_run
 from attune.domain.times import format_time, parse_time
 
 TRAINED: Final = "Trained"
+BUDGET_REACHED: Final = "BudgetReached"
 DATASETS_FIXED: Final = "DatasetsFixed"
 _RUN: Final = Wording(
     pending="Unknown",
@@ -53,6 +58,7 @@ _RUN: Final = Wording(
 # Time to write a checkpoint to the store when the pod is told to stop.
 _GRACE_SECONDS: Final = 120
 _BASE_CHARACTERS: Final = 100
+_DIGEST: Final = re.compile("sha256:[0-9a-f]{64}$")
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,15 @@ def decide_finetune(observed: ObservedFineTune) -> Plan:
     wanted = build_finetune_job(tune, fixed)
     if status.model is not None and is_same_run(status.job_name, wanted.name):
         actions = decide_outdated(wanted.name, observed.jobs, keep_same_run=True)
-        return build_plan(tune, status, _describe_trained(status), observed.now, actions)
+        return build_plan(tune, status, _describe_trained(tune, status), observed.now, actions)
     course = decide_course(wanted, observed.jobs, words=_RUN, now=observed.now, surroundings=observed.surroundings)
     if isinstance(course.result, FinetuneResult):
-        status = _take_result(status, course.result, wanted.name)
-        return build_plan(tune, status, _describe_trained(status), observed.now, course.actions)
+        status = _take_result(_trace(status, wanted, observed.jobs), course.result, wanted.name)
+        return build_plan(tune, status, _describe_trained(tune, status), observed.now, course.actions)
     if status.model is None:
-        # With a model, these two name the run that made it, until the next one has made its own.
+        # With a model, these name the run that made it, until the next one has made its own.
         model_id = wanted.spec.recipe.model_id if isinstance(wanted.spec.recipe, FinetuneRecipe) else None
+        status = _trace(status, wanted, observed.jobs)
         status = status.model_copy(update={"job_name": wanted.name, "model_id": model_id})
     look_again = course.look_again_seconds
     if course.standing.reason == _RUN.reason:
@@ -199,6 +206,7 @@ def build_finetune_job(tune: FineTune, fixed: Lineage) -> EnsureJob:
     """Builds the wish for the Job that trains this spec on these inputs.
 
     Checkpointing is how, not what: a change of it makes a new Job of the same run, which goes on from the checkpoints.
+    Prices change nothing but a report: a Job that is there goes on with those that it was given.
     """
     spec, owner, parent = tune.spec, tune.owner(), fixed.parent
     recipe = FinetuneRecipe(
@@ -219,6 +227,7 @@ def build_finetune_job(tune: FineTune, fixed: Lineage) -> EnsureJob:
         padding=spec.padding,
         early_stopping=spec.early_stopping,
         augmentation=spec.augmentation,
+        budget=spec.budget,
         distributed=spec.distributed,
         model_id="",
         output_prefix="",
@@ -230,6 +239,7 @@ def build_finetune_job(tune: FineTune, fixed: Lineage) -> EnsureJob:
         recipe.model_copy(
             update={
                 "checkpoint": spec.checkpoint,
+                "economics": spec.economics,
                 "model_id": build_model_id(fixed.base_uri, run, parent.model_id if parent is not None else None),
                 "output_prefix": build_key("models", owner, run),
                 "checkpoint_prefix": build_key("checkpoints", owner, run),
@@ -266,8 +276,26 @@ def build_model_id(base_uri: str, run: str, parent: str | None = None) -> str:
     return f"ft:{base[:_BASE_CHARACTERS]}:{run[:6]}"
 
 
+def _trace(status: FineTuneStatus, wanted: EnsureJob, jobs: tuple[ObservedJob, ...]) -> FineTuneStatus:
+    """Writes down which configuration is trained, and by which image, once the kubelet has said it."""
+    recipe, lineage = wanted.spec.recipe, status.lineage
+    if lineage is None or not isinstance(recipe, FinetuneRecipe):
+        return status
+    update = {"config_digest": recipe.config_digest()}
+    pod = next((one.newest_pod for one in jobs if one.name == wanted.name), None)
+    image = _DIGEST.search(pod.image_id) if pod is not None and pod.image_id else None
+    if image is not None:
+        update["image_digest"] = image.group()
+    return status.model_copy(update={"lineage": lineage.model_copy(update=update)})
+
+
 def _take_result(status: FineTuneStatus, result: FinetuneResult, job_name: str) -> FineTuneStatus:
-    lineage = status.lineage
+    made_by = {
+        "base_digest": result.base_digest,
+        "code_version": result.code_version,
+        "hardware": HardwareStatus.model_validate(result.hardware.model_dump()) if result.hardware else None,
+        "irreproducible": result.irreproducible,
+    }
     return status.model_copy(
         update={
             "model_id": result.model_id,
@@ -277,8 +305,9 @@ def _take_result(status: FineTuneStatus, result: FinetuneResult, job_name: str) 
                 adapter_uri=result.adapter_uri,
                 adapter_digest=result.adapter_digest,
                 padding=result.padding,
+                weights_digest=result.weights_digest,
             ),
-            "lineage": lineage.model_copy(update={"base_digest": result.base_digest}) if lineage is not None else None,
+            "lineage": status.lineage.model_copy(update=made_by) if status.lineage is not None else None,
             "metrics": FineTuneMetrics(
                 baseline_wer=result.baseline_wer,
                 wer=result.wer,
@@ -290,8 +319,19 @@ def _take_result(status: FineTuneStatus, result: FinetuneResult, job_name: str) 
                 training_seconds=result.training_seconds,
                 gpu_seconds=result.gpu_seconds,
                 audio_seconds_per_second=result.audio_seconds_per_second,
+                peak_memory_bytes=result.peak_memory_bytes,
+                cost=result.cost,
+                budget_reached=result.budget_reached,
             ),
-            "progress": ProgressStatus(stage="Finished", percent=100, step=result.steps, epoch=result.epochs),
+            "estimate": status.estimate or _read_estimate(result.estimate),
+            "report": result.report_uri,
+            "progress": ProgressStatus(
+                stage="Finished",
+                percent=100,
+                step=result.steps,
+                total_steps=result.total_steps,
+                epoch=result.epochs,
+            ),
             "job_name": job_name,
         }
     )
@@ -317,16 +357,44 @@ def _take_progress(status: FineTuneStatus, observed: ObservedFineTune) -> FineTu
         pause = timedelta(seconds=observed.surroundings.progress_seconds)
         if same or observed.now - parse_time(before.last_updated_time) < pause:
             return status
-    return status.model_copy(update={"progress": fresh})
+    estimate = status.estimate or _read_estimate(progress.estimate)
+    return status.model_copy(update={"progress": fresh, "estimate": estimate})
 
 
-def _describe_trained(status: FineTuneStatus) -> Standing:
-    message = f"{status.model_id} is in the store"
-    if status.metrics is not None:
-        message = (
-            f"{status.model_id}: word error rate {status.metrics.wer} on the validation split, "
-            f"{status.metrics.baseline_wer} before"
-        )
-        if status.metrics.old_wer is not None:
-            message += f"; {status.metrics.old_wer} on the old domain's, {status.metrics.old_baseline_wer} before"
-    return Standing("True", "Succeeded", TRAINED, message)
+def _read_estimate(told: Estimate | None) -> EstimateStatus | None:
+    return None if told is None else EstimateStatus.model_validate(told.model_dump())
+
+
+def _describe_trained(tune: FineTune, status: FineTuneStatus) -> Standing:
+    if status.metrics is None:
+        return Standing("True", "Succeeded", TRAINED, f"{status.model_id} is in the store")
+    figures = (
+        f"{status.model_id}: word error rate {status.metrics.wer} on the validation split, "
+        f"{status.metrics.baseline_wer} before"
+    )
+    if status.metrics.old_wer is not None:
+        figures += f"; {status.metrics.old_wer} on the old domain's, {status.metrics.old_baseline_wer} before"
+    spent = _describe_budget(status)
+    message = "; ".join(filter(None, (figures, spent, _describe_worth(tune, status))))
+    return Standing("True", "Succeeded", BUDGET_REACHED if spent else TRAINED, message)
+
+
+def _describe_budget(status: FineTuneStatus) -> str:
+    """Says where a budget has ended the run; nothing where none has."""
+    usage, progress = status.usage, status.progress
+    if usage is None or not usage.budget_reached:
+        return ""
+    steps = "" if progress is None else f", at step {progress.step} of {progress.total_steps}"
+    return (
+        f"spec.budget ended the run after {usage.training_seconds / 3600:.2f} h "
+        f"({usage.gpu_seconds / 3600:.2f} GPU hours){steps}; the best checkpoint so far is the model"
+    )
+
+
+def _describe_worth(tune: FineTune, status: FineTuneStatus) -> str:
+    """Says when the run has paid for itself, at the prices as they are now; nothing where none are given."""
+    economics, budget, metrics, usage = tune.spec.economics, tune.spec.budget, status.metrics, status.usage
+    cost = budget.cost(usage.gpu_seconds) if budget is not None and usage is not None else None
+    if economics is None or budget is None or metrics is None or cost is None:
+        return ""
+    return describe_break_even(economics, budget, float(metrics.baseline_wer), float(metrics.wer), cost)

@@ -200,6 +200,7 @@ def observe_pod(body: Object) -> ObservedPod:
         phase=status.get("phase") or "Unknown",
         ip=status.get("podIP"),
         image=image,
+        image_id=container.get("imageID") or None,
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message"),
         unschedulable=scheduled.get("message") if scheduled and scheduled.get("reason") == "Unschedulable" else None,

@@ -5,27 +5,37 @@ import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import attune
 from attune.contract.job import DatasetInput, FinetuneRecipe
-from attune.contract.result import FinetuneResult
+from attune.contract.result import Estimate, FinetuneResult
 from attune.contract.training import Method, NoiseKind, Precision
 
 from attune_trainer.augmentation.augmenter import TALKERS
 from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
-from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest
+from attune_trainer.data.dataset import DatasetManifest, Utterance, audio_name, fetch_audio, load_manifest
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
 from attune_trainer.lineage import MAX_GENERATIONS, Generation, TrainedOn, read_history
-from attune_trainer.store import Store, digest_directory, fetch_model
+from attune_trainer.store import digest_directory, digest_weights, fetch_model
 from attune_trainer.training import checkpoints
+from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.corpus import choose_corpus
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
+from attune_trainer.training.licence import read_licence
+from attune_trainer.training.report import (
+    CountedDataset,
+    TrainingReport,
+    why_irreproducible,
+    write_card,
+    write_report,
+)
 from attune_trainer.training.settings import (
     ADAPTER_FOLDER,
-    CURVE_FILE,
     MODEL_FOLDER,
     Keeping,
     TrainingSettings,
@@ -34,6 +44,19 @@ from attune_trainer.training.settings import (
 )
 
 _log = logging.getLogger(__name__)
+
+_CURVE_FILE: Final = "curve.json"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run begins with, and what its report has to say of that."""
+
+    settings: TrainingSettings
+    base_digest: str
+    licence: str | None
+    datasets: tuple[CountedDataset, ...]
+    blocks: tuple[str, ...]
 
 
 def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
@@ -59,9 +82,9 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
         raise InvalidInput("PrecisionUnsupported", message)
     context.reporter.update(stage="Downloading", percent=0)
     with TrainingProcesses(context.directory("training"), processes) as training:
-        settings, base_digest = _fetch_inputs(recipe, context, training.stop_file)
+        inputs = _fetch_inputs(recipe, context, training.stop_file)
         context.raise_if_stopped()
-        training.begin(settings)
+        training.begin(inputs.settings)
         follower = _Follower(recipe, context)
         try:
             training.follow(follower.on_event, context.stop.is_set)
@@ -74,7 +97,7 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
         follower.finish(strict=False)
     checkpoint_prefix = f"{recipe.checkpoint_prefix.rstrip('/')}/"
     context.once_published.append(lambda: checkpoints.delete_all(context.store, checkpoint_prefix))
-    return _publish(recipe, context, settings, base_digest, follower.outcome)
+    return _publish(recipe, context, inputs, follower.outcome)
 
 
 class _Follower:
@@ -97,6 +120,8 @@ class _Follower:
             self._context.reporter.update(metrics={names[name]: value for name, value in event.items()})
         elif kind == "validated":
             self._context.reporter.update(epoch=event.pop("epoch"), metrics=event)
+        elif kind == "estimate":
+            self._context.reporter.expect(Estimate.model_validate(event))
         elif kind == "checkpoint":
             self._uploads.append(self._pool.submit(self._upload, Path(event["folder"])))
         elif kind == "finished":
@@ -118,14 +143,14 @@ class _Follower:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> tuple[TrainingSettings, str]:
-    """Brings model, audio and the newest checkpoint to the disk; gives the settings and the base's digest."""
+def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> _Inputs:
+    """Brings model, audio and the newest checkpoint to the disk."""
     store = context.store
     base = fetch_model(store, recipe.base.uri, context.directory("base"), recipe.base.digest)
     base_digest = recipe.base.digest or digest_directory(base)
     context.reporter.update(percent=3)
     history = read_history(base)
-    language = _read_language(store, recipe)
+    manifests = [load_manifest(store, dataset) for dataset in _all_datasets(recipe)]
     corpus = choose_corpus(store, recipe, history)
     folder = context.directory("audio")
     _fetch_audio(context, corpus.utterances(), folder, (3.0, 9.0))
@@ -139,14 +164,15 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         base=base,
         base_uri=recipe.base.uri,
         model_id=recipe.model_id,
-        language=language,
+        language=_read_language(manifests),
         train=tuple(_local(one, folder, part) for part, one in corpus.train),
-        validation=tuple(_local(one, folder) for one in corpus.validation),
+        validation=tuple(_local(one, folder) for _, one in corpus.validation),
         method=recipe.method,
         lora=recipe.lora,
         hyperparameters=recipe.hyperparameters,
         padding=recipe.padding,
         early_stopping=recipe.early_stopping,
+        budget=recipe.budget,
         checkpoint=recipe.checkpoint,
         distributed=recipe.distributed,
         fingerprint=mark,
@@ -167,7 +193,18 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         else None,
         history=(_describe_generation(recipe, base_digest), *history)[:MAX_GENERATIONS],
     )
-    return settings, base_digest
+    return _Inputs(
+        settings=settings,
+        base_digest=base_digest,
+        licence=read_licence(base),
+        datasets=tuple(
+            CountedDataset.from_manifest(dataset, manifest)
+            for dataset, manifest in zip(_all_datasets(recipe), manifests, strict=True)
+        ),
+        blocks=tuple(
+            f"{recipe.datasets[number].name}/{one.block(manifests[number].by)}" for number, one in corpus.validation
+        ),
+    )
 
 
 def _fetch_recordings(
@@ -210,13 +247,13 @@ def _fetch_recordings(
     return noises, rooms
 
 
-def _read_language(store: Store, recipe: FinetuneRecipe) -> str:
-    """Gives the language of all Datasets, the old domain's included.
+def _read_language(manifests: Sequence[DatasetManifest]) -> str:
+    """Gives the language of all Datasets.
 
     Raises:
         InvalidInput: MixedLanguages.
     """
-    languages = {load_manifest(store, dataset).language for dataset in _all_datasets(recipe)}
+    languages = {manifest.language for manifest in manifests}
     if len(languages) != 1:
         message = f"the Datasets are in several languages ({', '.join(sorted(languages))}); tune one model for each"
         raise InvalidInput("MixedLanguages", message)
@@ -224,6 +261,7 @@ def _read_language(store: Store, recipe: FinetuneRecipe) -> str:
 
 
 def _all_datasets(recipe: FinetuneRecipe) -> list[DatasetInput]:
+    """Lists what is trained on and, last, the old domain's."""
     return [*recipe.datasets, *([recipe.retention.dataset] if recipe.retention is not None else [])]
 
 
@@ -241,6 +279,7 @@ def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path
         recipe.retention,
     )
     shares = (recipe.dataset_temperature, *(one.weight for one in recipe.datasets))
+    limits = recipe.budget.limits() if recipe.budget is not None else {}
     return fingerprint(
         base_digest,
         *(dataset.revision for dataset in recipe.datasets),
@@ -248,6 +287,7 @@ def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path
         recipe.padding,
         *(() if recipe.method is Method.LORA else (recipe.method,)),
         *((json.dumps(shares),) if any(shares) else ()),
+        *((json.dumps(limits),) if limits else ()),
         *(file.stem for file in recordings),
     )
 
@@ -283,39 +323,75 @@ def _local(utterance: Utterance, folder: Path, part: int = 0) -> TrainingUtteran
 
 
 def _publish(
-    recipe: FinetuneRecipe,
-    context: RecipeContext,
-    settings: TrainingSettings,
-    base_digest: str,
-    outcome: dict[str, Any],
+    recipe: FinetuneRecipe, context: RecipeContext, inputs: _Inputs, outcome: dict[str, Any]
 ) -> FinetuneResult:
-    """Uploads the model and, where there is one, the adapter, and says what they are."""
+    """Uploads model, adapter where there is one, curve, report and model card below this attempt's own prefix."""
     context.reporter.update(stage="Publishing", percent=95)
     prefix = f"{recipe.output_prefix.rstrip('/')}/{context.attempt_uid}"
-    adapter, model = settings.output / ADAPTER_FOLDER, settings.output / MODEL_FOLDER
+    output = inputs.settings.output
+    adapter, model = output / ADAPTER_FOLDER, output / MODEL_FOLDER
     has_adapter = adapter.is_dir()
+    state = TrainingState.model_validate_json((output / checkpoints.STATE_FILE).read_bytes())
     adapter_uri = context.store.upload_directory(adapter, f"{prefix}/{ADAPTER_FOLDER}") if has_adapter else None
     model_uri = context.store.upload_directory(model, f"{prefix}/{MODEL_FOLDER}")
-    curve_uri = context.store.upload_file(settings.output / CURVE_FILE, f"{prefix}/{CURVE_FILE}", "application/json")
-    old_wer, old_baseline_wer = outcome["old_wer"], outcome["old_baseline_wer"]
     seconds = round(outcome["training_seconds"])
-    return FinetuneResult(
+    gpu_seconds = seconds * outcome["gpus"]
+    cost = recipe.budget.cost(gpu_seconds) if recipe.budget is not None else None
+    old_wer, old_baseline_wer = state.best_metrics.get("oldWer"), state.baseline_metrics.get("oldWer")
+    result = FinetuneResult(
         model_id=recipe.model_id,
         model_uri=model_uri,
         model_digest=digest_directory(model),
         adapter_uri=adapter_uri,
         adapter_digest=digest_directory(adapter) if has_adapter else None,
-        base_digest=base_digest,
+        base_digest=inputs.base_digest,
         padding=recipe.padding,
         baseline_wer=decimal_string(outcome["baseline_wer"]),
         wer=decimal_string(outcome["wer"]),
         old_baseline_wer=None if old_baseline_wer is None else decimal_string(old_baseline_wer),
         old_wer=None if old_wer is None else decimal_string(old_wer),
         steps=outcome["steps"],
+        total_steps=outcome["total_steps"],
         epochs=decimal_string(outcome["epochs"]),
         training_seconds=seconds,
-        gpu_seconds=seconds * outcome["gpus"],
+        gpu_seconds=gpu_seconds,
         audio_seconds_per_second=decimal_string(outcome["audio_seconds_per_second"], 3),
         stopped_early=outcome["stopped_early"],
-        curve_uri=curve_uri,
+        weights_digest=digest_weights(model),
+        budget_reached=state.budget_reached,
+        cost=None if cost is None else decimal_string(cost, 2),
+        peak_memory_bytes=state.peak_memory_bytes,
+        estimate=state.estimate,
+        curve_uri=_publish_curve(state, context, prefix),
+        code_version=attune.__version__,
+        hardware=state.hardware[-1],
+        irreproducible=why_irreproducible(state, outcome["gpus"]),
     )
+    report = TrainingReport(
+        title=f"{context.spec.owner.namespace}/{context.spec.owner.name}",
+        recipe=recipe,
+        result=result,
+        state=state,
+        language=inputs.settings.language,
+        licence=inputs.licence,
+        datasets=inputs.datasets,
+        blocks=inputs.blocks,
+    )
+    return result.model_copy(update={"report_uri": _publish_report(report, context, prefix)})
+
+
+def _publish_curve(state: TrainingState, context: RecipeContext, prefix: str) -> str:
+    """Writes down what each validation gave, the base model's first; gives the address."""
+    curve = [{"epoch": one.epoch, **one.metrics} for one in state.course.validations]
+    return context.publish(f"{prefix}/{_CURVE_FILE}", json.dumps(curve, indent=1), "application/json")
+
+
+def _publish_report(report: TrainingReport, context: RecipeContext, prefix: str) -> str | None:
+    """Writes README.md and report.html beside the model; gives the report's address."""
+    try:
+        card, page = write_card(report), write_report(report, context.work_directory)
+    except Exception:  # noqa: BLE001 (a page that cannot be made must not cost a model)
+        _log.exception("no report")
+        return None
+    context.publish(f"{prefix}/README.md", card, "text/markdown; charset=utf-8")
+    return context.publish(f"{prefix}/report.html", page, "text/html; charset=utf-8")

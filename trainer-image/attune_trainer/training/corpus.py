@@ -25,21 +25,21 @@ class Corpus:
 
     Attributes:
         train: with the part of the mixture that each belongs to.
-        validation: of the new domain.
+        validation: of the new domain, with the number of its Dataset.
         old_validation: of the old domain; empty where none is kept.
         sample: of the old domain's train split, for elastic weight consolidation.
         mixture: how an epoch is made of train; None takes each utterance once.
     """
 
     train: tuple[tuple[int, Utterance], ...]
-    validation: tuple[Utterance, ...]
+    validation: tuple[tuple[int, Utterance], ...]
     old_validation: tuple[Utterance, ...] = ()
     sample: tuple[Utterance, ...] = ()
     mixture: Mixture | None = None
 
     def utterances(self) -> list[Utterance]:
         """Lists all of them; some twice."""
-        return [*(one for _, one in self.train), *self.validation, *self.old_validation, *self.sample]
+        return [one for _, one in (*self.train, *self.validation)] + [*self.old_validation, *self.sample]
 
 
 def choose_corpus(store: Store, recipe: FinetuneRecipe, history: Sequence[Generation]) -> Corpus:
@@ -77,9 +77,9 @@ def choose_corpus(store: Store, recipe: FinetuneRecipe, history: Sequence[Genera
     sources = _without(load_split(store, old.dataset, Split.TRAIN), held_out, old.dataset)
     if not sources:
         raise _empty(Split.TRAIN, [old.dataset])
-    old_validation = _read_validation(store, [old.dataset], heard)
+    old_validation = [one for _, one in _read_validation(store, [old.dataset], heard)]
     seed = recipe.hyperparameters.seed
-    room = max(_OLD_VALIDATION_SECONDS, total_seconds(validation))
+    room = max(_OLD_VALIDATION_SECONDS, total_seconds(one for _, one in validation))
     replayed = _draw_replayed(old, sources, total_seconds(one for _, one in new), recipe)
     return Corpus(
         train=(*new, *((len(parts), one) for one in replayed)),
@@ -152,16 +152,20 @@ def _without(utterances: Sequence[Utterance], held_out: set[str], dataset: Datas
     return kept
 
 
-def _read_validation(store: Store, datasets: Sequence[DatasetInput], heard: set[str]) -> tuple[Utterance, ...]:
-    """Reads what is validated on.
+def _read_validation(
+    store: Store, datasets: Sequence[DatasetInput], heard: set[str]
+) -> tuple[tuple[int, Utterance], ...]:
+    """Reads what is validated on, with the number of the Dataset.
 
     Raises:
         InvalidInput: EmptySplit, AlreadyTrainedOn.
     """
-    found = [one for dataset in datasets for one in load_split(store, dataset, Split.VALIDATION)]
+    found = [
+        (number, one) for number, dataset in enumerate(datasets) for one in load_split(store, dataset, Split.VALIDATION)
+    ]
     if not found:
         raise _empty(Split.VALIDATION, datasets)
-    kept = tuple(one for one in found if one.audio_digest not in heard)
+    kept = tuple((number, one) for number, one in found if one.audio_digest not in heard)
     if not kept:
         message = (
             f"an earlier generation of the base model was trained on all of the Validation split of {_names(datasets)}"

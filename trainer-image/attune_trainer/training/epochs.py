@@ -44,6 +44,19 @@ class Epochs:
         self.plans = [self._plan(epoch) for epoch in range(settings.hyperparameters.epochs)]
         self.steps = sum(map(len, self.plans))
 
+    def work(self) -> list[float]:
+        """Gives the seconds of audio in each step of the run, its padding included."""
+        return [sum(len(batch.members) * batch.bucket for batch in step) for plan in self.plans for step in plan]
+
+    def done(self, steps: int) -> float:
+        """Gives how many passes over the data so many steps are, with fraction."""
+        left = steps
+        for number, plan in enumerate(self.plans):
+            if left < len(plan):
+                return number + left / len(plan)
+            left -= len(plan)
+        return float(len(self.plans))
+
     def augmenter(self, epoch: int) -> Augmenter | None:
         """Gives what changes the utterances in an epoch; None where they are heard as they were recorded."""
         settings = self._settings

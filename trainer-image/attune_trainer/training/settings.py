@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Final
 
+from attune.contract.costs import Budget
 from attune.contract.training import (
     Augmentation,
     Checkpointing,
@@ -23,7 +24,6 @@ from attune_trainer.training.mixture import Mixture
 # Below TrainingSettings.output.
 MODEL_FOLDER: Final = "merged"
 ADAPTER_FOLDER: Final = "adapter"
-CURVE_FILE: Final = "curve.json"
 
 
 class TrainingUtterance(BaseModel):
@@ -76,12 +76,13 @@ class TrainingSettings(BaseModel):
     hyperparameters: Hyperparameters
     padding: Padding
     early_stopping: EarlyStopping | None
+    budget: Budget | None = None
     checkpoint: Checkpointing
     distributed: Distributed
     fingerprint: str  # of all that must be the same for a checkpoint to be continued
     checkpoints: Path  # where checkpoints are written, one folder each
     resume: Path | None  # a verified checkpoint to go on from
-    output: Path  # gets MODEL_FOLDER, and ADAPTER_FOLDER where there is an adapter
+    output: Path  # gets MODEL_FOLDER, ADAPTER_FOLDER where there is an adapter, and the last TrainingState
     stop_file: Path  # exists once the run is to end after the current step
     augmentation: Augmentation | None = None
     noises: tuple[Path, ...] = ()  # own recordings for augmentation, mono at 16 kHz

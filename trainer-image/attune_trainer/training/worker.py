@@ -6,14 +6,14 @@ are there.
 
 import contextlib
 import itertools
-import json
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,35 +22,36 @@ from attune.contract.exitcode import ExitCode
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from attune_trainer.failures import InvalidInput, RecipeFailure, from_exception, is_out_of_memory
+from attune_trainer.failures import RecipeFailure, from_exception, is_out_of_memory
 from attune_trainer.logs import configure_logging
 from attune_trainer.modeling.artifact import read_artifact
 from attune_trainer.modeling.recognizer import Recognizer
 from attune_trainer.modeling.whisper import Whisper, load_whisper
-from attune_trainer.scoring.errors import ErrorCounts, count_errors, total
-from attune_trainer.scoring.normaliser import normalise
 from attune_trainer.training import checkpoints
 from attune_trainer.training.arithmetic import choose_dtype
 from attune_trainer.training.batches import plan_epoch
-from attune_trainer.training.checkpoints import TrainingState, Validation
+from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.consolidation import Consolidation, Importance
+from attune_trainer.training.course import Course
 from attune_trainer.training.engine import SHARES_WEIGHTS, build_engine, copy_trained, distributed
 from attune_trainer.training.epochs import Epochs
+from attune_trainer.training.estimate import choose_probe, extrapolate
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.export import clean_generation, describe_artifact, is_stored_in_fp32
+from attune_trainer.training.hardware import describe_hardware, peak_memory
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
 from attune_trainer.training.memory import explain_exhausted
 from attune_trainer.training.methods import choose_method, load_state, save_state
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.selection import judge_epoch
-from attune_trainer.training.settings import CURVE_FILE, MODEL_FOLDER, TrainingSettings, TrainingUtterance
+from attune_trainer.training.settings import MODEL_FOLDER, TrainingSettings, TrainingUtterance
 from attune_trainer.training.transcripts import TranscriptEncoder, select_usable
+from attune_trainer.training.validation import Measured, Validator
 from attune_trainer.training.weights import trained_parameters
 
 _log = logging.getLogger("attune_trainer.training")
 
-_VALIDATION_CHUNK: Final = 16  # utterances between two looks at the stop flag
 _MERGE_TOLERANCE: Final = 2e-3  # of the logits' largest magnitude, at fp32
 
 
@@ -70,6 +71,17 @@ class Training:
         self._accumulation = self._parameters.gradient_accumulation or 1
         self._signalled = False
         self._device = torch.device(get_accelerator().current_device_name())
+        self._gpus = self._processes if self._device.type == "cuda" else 0
+        self._baseline_seconds = 0.0
+        self._probe_began: float | None = None  # in step_seconds; None where this attempt went on from a checkpoint
+        self._validator = Validator(
+            settings,
+            self._device,
+            rank=self._rank,
+            processes=self._processes,
+            raise_if_stopped=self._raise_if_stopped,
+            report=lambda percent: self._tell("progress", percent=percent),
+        )
 
     def run(self) -> None:
         """Trains from the start or from a checkpoint to the end, and writes what came out.
@@ -86,12 +98,17 @@ class Training:
         self._encoder = TranscriptEncoder(self._whisper, settings.language)
         self._train = select_usable(settings.train, self._encoder, self._whisper)
         state = self._resumed_state() or self._begin()
-        self._tell("baseline", **{"wer": state.baseline_wer, **_metrics_after(state, 0)})
-        self._engine = self._attach()
+        self._tell("baseline", **state.baseline_metrics)
+        if state.estimate is not None:
+            self._tell("estimate", **state.estimate.model_dump(by_alias=True))
+        dtype = choose_dtype(self._parameters.precision, self._device)
+        hardware = describe_hardware(self._device, dtype, self._processes)
+        _log.info("training begins", extra=hardware.model_dump())
+        self._engine = build_engine(self._attach(), settings, dtype)
         self._best = settings.checkpoints / "best" / checkpoints.BEST_FILE
         if settings.resume is not None:
             self._restore(settings.resume)
-        self._state = state
+        self._state = state.model_copy(update={"hardware": tuple(dict.fromkeys((*state.hardware, hardware)))})
         self._train_to_the_end()
         self._finish()
 
@@ -101,15 +118,18 @@ class Training:
         if not artifact.language:
             artifact = artifact.model_copy(update={"language": self._encoder.language})
         self._tell_stage("Baseline", percent=10)
-        metrics = self._measure(Recognizer(self._whisper, artifact), (10, 20))
+        began = time.monotonic()
+        measured = self._measure(Recognizer(self._whisper, artifact), (10, 20))
+        self._baseline_seconds = time.monotonic() - began
         return TrainingState(
             fingerprint=self._settings.fingerprint,
-            baseline_wer=metrics["wer"],
-            validations=(Validation(epoch=0, metrics=metrics),),
+            baseline_wer=measured.metrics["wer"],
+            course=Course().with_validation(0, 0, measured.metrics),
+            baseline_counts=measured.counts,
         )
 
-    def _attach(self) -> Any:
-        """Makes the network trainable, plans the run, and gives the engine that trains."""
+    def _attach(self) -> TranscriptionLoss:
+        """Makes the network trainable, plans the run, and gives what is to be minimised."""
         settings = self._settings
         trained = self._whisper
         clean_generation(trained)
@@ -139,10 +159,7 @@ class Training:
             window_seconds=self._whisper.window_seconds,
             batches=self._processes * self._accumulation,
         )
-        objective = TranscriptionLoss(self._model, trained, self._estimate_importance())
-        dtype = choose_dtype(self._parameters.precision, self._device)
-        _log.info("training set up", extra={"precision": str(dtype), "device": str(self._device)})
-        return build_engine(objective, settings, dtype)
+        return TranscriptionLoss(self._model, trained, self._estimate_importance())
 
     def _estimate_importance(self) -> Consolidation | None:
         """Finds out what the old domain depends on; None where no weights are to be held.
@@ -173,8 +190,7 @@ class Training:
         objective = TranscriptionLoss(self._model, self._whisper)
         try:
             for number, batch in enumerate(loader):
-                if self._agree_to_stop():
-                    raise _StopRequested
+                self._raise_if_stopped()
                 self._tell("progress", step=number, total_steps=len(steps))
                 with self._memory_explained(batch):
                     importance.add(objective, *(one.to(self._device) for one in batch.tensors))
@@ -185,17 +201,31 @@ class Training:
         return importance.consolidate(float(keeping.ewc.strength))
 
     def _train_to_the_end(self) -> None:
-        while self._state.epoch < self._parameters.epochs and not self._state.stopped_early:
+        while self._awaits_validation() or not self._has_ended():
             try:
-                self._train_epoch()
-                self._finish_epoch()
+                if not self._state.budget_reached:
+                    self._train_epoch()
+                if self._awaits_validation():
+                    self._finish_epoch()
             except _StopRequested:
                 self._save_checkpoint()
                 raise
             # After the last epoch too: the pod may be lost while it merges or publishes.
             self._save_checkpoint()
 
+    def _has_ended(self) -> bool:
+        state = self._state
+        return state.epoch >= self._parameters.epochs or state.stopped_early or state.budget_reached
+
+    def _awaits_validation(self) -> bool:
+        """Tells whether an epoch is trained and not yet validated, or a run is about to end without any validation."""
+        state = self._state
+        if state.best_epoch is None and state.budget_reached:
+            return True
+        return state.epoch < self._parameters.epochs and state.step_in_epoch == len(self._epochs.plans[state.epoch])
+
     def _train_epoch(self) -> None:
+        """Trains to the end of the epoch, or of the budget."""
         state = self._state
         steps = self._epochs.plans[state.epoch][state.step_in_epoch :]
         augmenter = self._epochs.augmenter(state.epoch)
@@ -208,53 +238,60 @@ class Training:
             began = time.monotonic()
             batches = iter(loader)
             for planned in steps:
-                loss, stop = self._train_step(itertools.islice(batches, self._accumulation))
+                loss, stop, spent = self._train_step(itertools.islice(batches, self._accumulation))
                 now = time.monotonic()
                 step_audio = sum(seconds[index] for one in planned for index in one.members)
-                self._advance(step_audio, now - began)
+                self._advance(loss, step_audio, now - began)
                 began = now
+                self._estimate()
                 self._report_step(loss)
                 if stop:
                     raise _StopRequested
+                if spent and self._state.step < self._epochs.steps:
+                    _log.info("the budget is spent", extra={"step": self._state.step})
+                    self._state = self._state.model_copy(update={"budget_reached": True})
+                    break
                 if self._state.step % self._settings.checkpoint.every_steps == 0:
                     self._save_checkpoint()
                     began = time.monotonic()
         finally:
             loader.close()
 
-    def _train_step(self, batches: Iterable[TrainingBatch]) -> tuple[float, bool]:
-        """Makes one optimiser step; gives the mean loss of all processes, and whether the run is to end."""
+    def _train_step(self, batches: Iterable[TrainingBatch]) -> tuple[float, bool, bool]:
+        """Makes one optimiser step; gives all processes' mean loss, whether to stop, whether the budget is spent."""
         rate = float(self._parameters.learning_rate) * learning_rate_factor(
             self._state.step, self._epochs.steps, float(self._parameters.warmup_ratio)
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         losses = torch.zeros((), dtype=torch.double, device=self._device)
-        mean, stop = 0.0, False
+        shared = (0.0, False, False)
         for number, batch in enumerate(batches, start=1):
             with self._memory_explained(batch):
                 loss = self._engine(*(one.to(self._device) for one in batch.tensors))
                 losses += loss.detach()
                 if number == self._accumulation:
-                    mean, stop = self._share(losses / number)
+                    shared = self._share(losses / number)
                 self._engine.backward(loss)
                 self._engine.step()
         if not self._engine.was_step_applied():  # DeepSpeed passes over gradients that are not finite
             raise self._diverged(self._state.step + 1)
-        return mean, stop
+        return shared
 
-    def _share(self, loss: Tensor) -> tuple[float, bool]:
-        """Gives the mean loss of all processes, and whether one was asked to end: one message for all to agree on.
+    def _share(self, loss: Tensor) -> tuple[float, bool, bool]:
+        """Gives what _train_step does, in one message for all that the processes must agree on.
 
         Raises:
             RecipeFailure: Diverged.
         """
-        shared = torch.stack([loss, torch.tensor(float(self._stop_wanted()), device=loss.device)])
+        wishes = torch.tensor([self._stop_wanted(), self._budget_spent()], dtype=torch.double, device=loss.device)
+        shared = torch.cat([loss.reshape(1), wishes])
         if self._processes > 1:
             torch.distributed.all_reduce(shared)
-        if not torch.isfinite(shared[0]):
+        summed, stop, spent = shared.tolist()
+        if not math.isfinite(summed):
             raise self._diverged(self._state.step + 1)
-        return float(shared[0]) / self._processes, bool(shared[1] > 0)
+        return summed / self._processes, stop > 0, spent > 0
 
     def _diverged(self, step: int) -> RecipeFailure:
         message = (
@@ -272,7 +309,7 @@ class Training:
                 raise
             raise explain_exhausted(batch, self._settings) from error
 
-    def _advance(self, audio_seconds: float, seconds: float) -> None:
+    def _advance(self, loss: float, audio_seconds: float, seconds: float) -> None:
         state = self._state
         self._state = state.model_copy(
             update={
@@ -281,12 +318,41 @@ class Training:
                 "audio_seconds": state.audio_seconds + audio_seconds,
                 "step_seconds": state.step_seconds + seconds,
                 "training_seconds": state.training_seconds + seconds,
+                "course": state.course.with_loss(loss),
             }
         )
 
+    def _estimate(self) -> None:
+        """Says once what the whole run will take; a run that went on from a checkpoint has said it, or never does."""
+        state = self._state
+        first, last = probe = choose_probe(self._epochs.steps)
+        if state.step == first:
+            self._probe_began = state.step_seconds
+        elif state.step == last and self._probe_began is not None:
+            estimate = extrapolate(
+                self._epochs.work(),
+                probe,
+                state.step_seconds - self._probe_began,
+                validations=self._parameters.epochs,
+                validation_seconds=self._baseline_seconds,
+                gpus=self._gpus,
+                memory_bytes=peak_memory(self._device, self._processes),
+            )
+            self._state = state.model_copy(update={"estimate": estimate})
+            self._tell("estimate", **estimate.model_dump(by_alias=True))
+
     def _report_step(self, loss: float) -> None:
         state = self._state
-        metrics = {"loss": loss, "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9)}
+        gpu_seconds = state.training_seconds * self._gpus
+        metrics = {
+            "loss": loss,
+            "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9),
+            "gpuSeconds": gpu_seconds,
+        }
+        budget = self._settings.budget
+        cost = None if budget is None else budget.cost(gpu_seconds)
+        if cost is not None:
+            metrics["estimatedCost"] = cost
         epoch = state.epoch + state.step_in_epoch / len(self._epochs.plans[state.epoch])
         self._tell(
             "progress",
@@ -305,16 +371,23 @@ class Training:
         began = time.monotonic()
         done = 20 + 70 * state.step / self._epochs.steps
         self._take_up()
-        metrics = self._measure(self._recognizer, (done, done))
+        measured = self._measure(self._recognizer, (done, done))
+        metrics = measured.metrics
         judged = judge_epoch(state, metrics["wer"], self._settings.early_stopping)
-        seconds = state.training_seconds + time.monotonic() - began
-        validations = (*state.validations, Validation(epoch=judged.epoch, metrics=metrics))
-        self._state = judged.model_copy(update={"training_seconds": seconds, "validations": validations})
-        if judged.best_epoch == state.epoch and self._rank == 0:
-            save_state(self._method.state(self._served), self._best)
+        epochs = self._epochs.done(state.step)
+        update: dict[str, Any] = {
+            "training_seconds": state.training_seconds + time.monotonic() - began,
+            "course": state.course.with_validation(epochs, state.step, metrics),
+            "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory(self._device, self._processes)),
+        }
+        if judged.best_epoch == state.epoch:
+            update["best_counts"] = measured.counts
+            if self._rank == 0:
+                save_state(self._method.state(self._served), self._best)
+        self._state = judged.model_copy(update=update)
         self._put_aside()
-        _log.info("epoch finished", extra={"epoch": judged.epoch, "wer": round(metrics["wer"], 4)})
-        self._tell("validated", epoch=judged.epoch, **metrics)
+        _log.info("epoch finished", extra={"epoch": epochs, **{name: round(one, 4) for name, one in metrics.items()}})
+        self._tell("validated", epoch=epochs, **metrics)
 
     def _take_up(self) -> None:
         """Brings the network that transcribes up to date, where it is not the one that trains."""
@@ -327,52 +400,9 @@ class Training:
         if self._served is not self._model:
             self._served.to("cpu")
 
-    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> dict[str, float]:
-        """Gives the corpus WER of the validation split as wer, and of the old domain's, if one is kept, as oldWer."""
-        new, keeping, (low, high) = self._settings.validation, self._settings.keeping, percent
-        old = keeping.validation if keeping is not None else ()
-        between = low + (high - low) * len(new) / (len(new) + len(old))
-        metrics = {"wer": self._validate(recognizer, new, (low, between))}
-        return metrics | ({"oldWer": self._validate(recognizer, old, (between, high))} if old else {})
-
-    def _validate(
-        self, recognizer: Recognizer, utterances: Sequence[TrainingUtterance], percent: tuple[float, float]
-    ) -> float:
-        """Gives the corpus WER of utterances; every process transcribes its share.
-
-        Raises:
-            _StopRequested: when the pod has been asked to end.
-        """
-        mine = sorted(utterances, key=lambda one: one.seconds)[self._rank :: self._processes]
+    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> Measured:
         self._whisper.model.eval()
-        counts = ErrorCounts()
-        # Of the largest share, so that all processes ask each other equally often.
-        share = -(-len(utterances) // self._processes)
-        for start in range(0, share, _VALIDATION_CHUNK):
-            if self._agree_to_stop():
-                raise _StopRequested
-            chunk = mine[start : start + _VALIDATION_CHUNK]
-            texts = recognizer.transcribe([read_samples(one) for one in chunk])
-            language = self._settings.language
-            counts = total(
-                [
-                    counts,
-                    *(
-                        count_errors(normalise(one.text, language), normalise(text, language))
-                        for one, text in zip(chunk, texts, strict=True)
-                    ),
-                ]
-            )
-            low, high = percent
-            self._tell("progress", percent=low + (high - low) * (start + len(chunk)) / share)
-        sums = torch.tensor([counts.errors, counts.words], dtype=torch.double, device=self._device)
-        if self._processes > 1:
-            torch.distributed.all_reduce(sums)
-        errors, words = sums.tolist()
-        if not words:
-            message = "the validation split has no words to count errors on; give the Dataset more transcribed audio"
-            raise InvalidInput("NoValidationWords", message)
-        return float(errors / words)
+        return self._validator.measure(recognizer, percent)
 
     def _check_weights(self) -> None:
         """Passes when every trained weight is a number; else nothing is kept of them, and what was kept stays.
@@ -460,22 +490,18 @@ class Training:
         if difference > tolerance * float(before.abs().max()):
             raise RuntimeError(f"the model that was written differs from the trained one by {difference:.2e} in logits")
         state = self._state
-        # Of many epochs it is longer than an event may be.
-        curve = [{"epoch": one.epoch, **one.metrics} for one in state.validations]
-        (self._settings.output / CURVE_FILE).write_text(json.dumps(curve, indent=1), encoding="utf-8")
-        best = state.best_epoch if state.best_epoch is not None else 0
+        (settings.output / checkpoints.STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
         self._tell(
             "finished",
             wer=state.best_wer,
             baseline_wer=state.baseline_wer,
-            old_wer=_metrics_after(state, best + 1).get("oldWer"),
-            old_baseline_wer=_metrics_after(state, 0).get("oldWer"),
             steps=state.step,
-            epochs=float(state.epoch),
+            total_steps=self._epochs.steps,
+            epochs=self._epochs.done(state.step),
             training_seconds=state.training_seconds,
             audio_seconds_per_second=state.audio_seconds / max(state.step_seconds, 1e-9),
             stopped_early=state.stopped_early,
-            gpus=self._processes if self._device.type == "cuda" else 0,
+            gpus=self._gpus,
         )
 
     @torch.inference_mode()
@@ -494,13 +520,17 @@ class Training:
     def _stop_wanted(self) -> bool:
         return self._signalled or self._settings.stop_file.exists()
 
-    def _agree_to_stop(self) -> bool:
-        """Tells every process whether any was asked to end; all of them have to call this at the same point."""
-        if self._processes == 1:
-            return self._stop_wanted()
+    def _budget_spent(self) -> bool:
+        budget = self._settings.budget
+        return budget is not None and budget.is_spent(self._state.training_seconds, self._gpus)
+
+    def _raise_if_stopped(self) -> None:
+        """Ends every process once any was asked to end; all of them have to call this at the same point."""
         asked = torch.tensor(float(self._stop_wanted()), device=self._device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked > 0)
+        if self._processes > 1:
+            torch.distributed.all_reduce(asked)
+        if asked > 0:
+            raise _StopRequested
 
     def _tell_stage(self, stage: str, **fields: Any) -> None:
         self._tell("progress", stage=stage, **fields)
@@ -508,11 +538,6 @@ class Training:
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._rank == 0:
             self._events.send(kind, **fields)
-
-
-def _metrics_after(state: TrainingState, epoch: int) -> dict[str, float]:
-    """Gives what was measured after so many epochs; nothing where an earlier release did not write it down."""
-    return next((one.metrics for one in state.validations if one.epoch == epoch), {})
 
 
 def wait_for(file: Path, events: EventWriter) -> None:
