@@ -200,7 +200,7 @@ class TestReport:
         whole = report.recipe.model_copy(update={"method": Method.FULL})
         result = report.result.model_copy(update={"adapter_uri": None, "adapter_digest": None})
         for page in (write_report(report, tmp_path), write_card(report)):
-            assert TRAINED_ON_GPUS.adapter_digest in page
+            assert str(TRAINED_ON_GPUS.adapter_digest) in page
             assert "lora.rank" in page
         full = replace(report, recipe=whole, result=result)
         for page in (write_report(full, tmp_path), write_card(full)):

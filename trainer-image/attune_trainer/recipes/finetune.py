@@ -151,6 +151,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
     context.reporter.update(percent=3)
     history = read_history(base)
     manifests = [load_manifest(store, dataset) for dataset in _all_datasets(recipe)]
+    language = _read_language(manifests)
     corpus = choose_corpus(store, recipe, history)
     folder = context.directory("audio")
     _fetch_audio(context, corpus.utterances(), folder, (3.0, 9.0))
@@ -164,7 +165,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         base=base,
         base_uri=recipe.base.uri,
         model_id=recipe.model_id,
-        language=_read_language(manifests),
+        language=language,
         train=tuple(_local(one, folder, part) for part, one in corpus.train),
         validation=tuple(_local(one, folder) for _, one in corpus.validation),
         method=recipe.method,

@@ -3,8 +3,8 @@
 Kirkpatrick et al. (2017, arXiv 1612.00796) add lambda / 2 x sum of F (W - W0)^2 to the loss, F being the Fisher
 information of the old data about each weight. Here F is not taken as diagonal but as the product of two covariances, of
 a layer's inputs and of the loss's gradients at its outputs (Martens & Grosse 2015, arXiv 1503.05671; for this purpose
-Ritter et al. 2018, arXiv 1805.07810). That costs no larger matrix than the layer's own, and needs no gradient of a
-frozen or quantised weight. W - W0 is what an adapter adds to a layer's weights: of rank r, it takes only r x r products
+Ritter et al. 2018, arXiv 1805.07810). That costs two square matrices for each layer, and needs no gradient of a frozen
+or quantised weight. W - W0 is what an adapter adds to a layer's weights: of rank r, it takes only r x r products
 in a training step. Where all weights train, it is taken of the linear layers' matrices, which are kept as they began.
 
 The penalty is divided by the same expression of W0 itself: it is the share of what these layers tell of old audio that
