@@ -125,7 +125,8 @@ class _Held:
         """
         down, up = self.layer.lora_A[_ADAPTER].weight.float(), self.layer.lora_B[_ADAPTER].weight.float()
         products: Tensor = (up.T @ self.gradients @ up) * (down @ self.inputs @ down.T)
-        return products.sum() * self.layer.scaling[_ADAPTER] ** 2
+        scale: float = self.layer.scaling[_ADAPTER]
+        return products.sum() * scale**2
 
 
 @dataclass(frozen=True)
