@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import soundfile
 from attune.contract.job import Split
-from attune.contract.training import Checkpointing, Distributed, Hyperparameters, Lora, Padding, Precision
+from attune.contract.training import Checkpointing, Distributed, Hyperparameters, Lora, Method, Padding, Precision
 from attune_trainer.data.audio import decode_audio
 from attune_trainer.data.splitting import SplitItem, divide
 from attune_trainer.scoring.errors import count_errors, total
@@ -69,45 +70,58 @@ def prepare_splits(prompts: Path, folder: Path) -> Splits:
     return splits
 
 
-def tune_with_attune(base: Path, splits: Splits, folder: Path, epochs: int) -> tuple[Path, float]:
-    """Tunes as a FineTune's Job does; gives the merged model and audio-seconds per second."""
+def tune_with_attune(
+    base: Path,
+    splits: Splits,
+    folder: Path,
+    epochs: int,
+    *,
+    learning_rate: float = LEARNING_RATE,
+    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+    **changes: Any,
+) -> tuple[Path, float]:
+    """Tunes as a FineTune's Job does, with changes of its settings; gives the merged model and its speed.
+
+    Speed is audio-seconds per second.
+    """
     outcome: dict[str, Any] = {}
 
     def follow(event: dict[str, Any]) -> None:
+        on_event(event)
         if event["kind"] == "progress" and event.get("epoch") is not None and event["step"] % 10 == 0:
             say(f"Attune: step {event['step']} of {event['total_steps']}, loss {event['metrics']['loss']:.2f}")
         elif event["kind"] == "finished":
             outcome.update(event)
 
     with TrainingProcesses(folder / "processes", 1) as processes:
-        processes.begin(
-            TrainingSettings(
-                base=base,
-                base_uri="s3://attune/models/whisper-tiny.en",
-                model_id="ft:whisper-tiny.en:000000",
-                language="en",
-                train=tuple(splits[Split.TRAIN]),
-                validation=tuple(splits[Split.VALIDATION]),
-                lora=LORA,
-                hyperparameters=Hyperparameters(
-                    learning_rate=str(LEARNING_RATE),
-                    epochs=epochs,
-                    weight_decay=str(WEIGHT_DECAY),
-                    warmup_ratio=str(WARMUP_RATIO),
-                    seed=SEED,
-                    precision=Precision.AUTO,
-                ),
-                padding=Padding.BUCKETS,
-                early_stopping=None,
-                checkpoint=Checkpointing(),
-                distributed=Distributed(),
-                fingerprint="bench",
-                checkpoints=folder / "checkpoints",
-                resume=None,
-                output=folder / "output",
-                stop_file=processes.stop_file,
-            )
+        settings = TrainingSettings(
+            base=base,
+            base_uri="s3://attune/models/whisper-tiny.en",
+            model_id="ft:whisper-tiny.en:000000",
+            language="en",
+            train=tuple(splits[Split.TRAIN]),
+            validation=tuple(splits[Split.VALIDATION]),
+            method=Method.LORA,
+            lora=LORA,
+            hyperparameters=Hyperparameters(
+                learning_rate=str(learning_rate),
+                epochs=epochs,
+                weight_decay=str(WEIGHT_DECAY),
+                warmup_ratio=str(WARMUP_RATIO),
+                seed=SEED,
+                precision=Precision.AUTO,
+            ),
+            padding=Padding.BUCKETS,
+            early_stopping=None,
+            checkpoint=Checkpointing(),
+            distributed=Distributed(),
+            fingerprint="bench",
+            checkpoints=folder / "checkpoints",
+            resume=None,
+            output=folder / "output",
+            stop_file=processes.stop_file,
         )
+        processes.begin(settings.model_copy(update=changes))
         processes.follow(follow, lambda: False)
     return folder / "output" / "merged", float(outcome["audio_seconds_per_second"])
 
@@ -116,7 +130,7 @@ def tune_as_usual(base: Path, train: list[TrainingUtterance], folder: Path, epoc
     """Tunes with Seq2SeqTrainer; writes the merged model and usual.json. Runs in a process of its own."""
     # Imported here: only this process needs them.
     import torch  # noqa: PLC0415
-    from attune_trainer.training.arithmetic import wants_bf16  # noqa: PLC0415
+    from attune_trainer.training.arithmetic import choose_dtype  # noqa: PLC0415
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoTokenizer as Tokenizer  # noqa: PLC0415
     from transformers import (  # noqa: PLC0415
@@ -128,7 +142,7 @@ def tune_as_usual(base: Path, train: list[TrainingUtterance], folder: Path, epoc
 
     torch.manual_seed(SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = wants_bf16(Precision.AUTO, device)  # as Attune's own processes decide
+    bf16 = choose_dtype(Precision.AUTO, device) is torch.bfloat16  # as Attune's own processes decide
     extractor = WhisperFeatureExtractor.from_pretrained(base)
     tokenizer = Tokenizer.from_pretrained(base)
     network = WhisperForConditionalGeneration.from_pretrained(base, attn_implementation="sdpa")

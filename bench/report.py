@@ -23,8 +23,8 @@ class Row:
     versus: str = ""
 
 
-def report(name: str, rows: Sequence[Row]) -> None:
-    """Prints the rows and writes them down."""
+def report(name: str, rows: Sequence[Row], *, keep: bool = True) -> None:
+    """Prints the rows and writes them down, unless they are only a try."""
     table = Table(title=name)
     for heading in ("what", "figure", "target", "", "versus"):
         table.add_column(heading)
@@ -32,6 +32,8 @@ def report(name: str, rows: Sequence[Row]) -> None:
         verdict = "" if row.holds is None else "holds" if row.holds else "falls short"
         table.add_row(row.what, f"{row.figure:.4g} {row.unit}".rstrip(), row.target, verdict, row.versus)
     Console(width=140).print(table)
+    if not keep:
+        return
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"
     target.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

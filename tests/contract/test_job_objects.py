@@ -18,7 +18,7 @@ from attune.settings import Settings
 from attune_trainer.job import read_spec, summarise
 from attune_trainer.store import Store
 
-from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED
+from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED, TRAINED_ON_GPUS
 from tests.unit.worlds import decide, enact, observe
 
 SETTINGS = Settings(trainer_image="registry.test/trainer:1", inference_image="registry.test/inference:1")
@@ -66,6 +66,18 @@ def test_trainer_reads_what_the_operator_writes(kind: str, tmp_path: Path) -> No
     assert JobSpec.model_validate_json(file.read_text()).owner.kind == kind
 
 
+def test_what_a_fine_tune_asks_for_reaches_its_run_and_what_it_does_not_is_not_named() -> None:
+    def recipe(**spec: Any) -> dict[str, Any]:
+        return wanted("FineTune", **spec).spec.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    assert "augmentation" not in recipe()
+    assert "dropout" not in recipe()["hyperparameters"]
+    asked = recipe(augmentation={"noise": {"snrDbMin": 10}}, hyperparameters={"dropout": "0.1"})
+    assert list(asked["augmentation"]) == ["noise"]
+    assert asked["augmentation"]["noise"]["snrDbMin"] == 10
+    assert asked["hyperparameters"]["dropout"] == "0.1"
+
+
 def test_environment_of_the_pod_is_what_the_trainer_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     action = wanted("Dataset", sources=SOURCES)
     (container,) = build_job(action, SETTINGS)["spec"]["template"]["spec"]["containers"]
@@ -109,7 +121,7 @@ def test_every_exit_code_has_its_rule_and_disruption_comes_first() -> None:
     assert ruled[137] == "FailJob"
 
 
-@pytest.mark.parametrize("result", [PREPARED, TRAINED, EVALUATED])
+@pytest.mark.parametrize("result", [PREPARED, TRAINED, TRAINED_ON_GPUS, EVALUATED])
 def test_termination_message_survives_the_way_back(result: Any) -> None:
     message = summarise(result=result).to_message()
     assert Summary.model_validate_json(message).result == result

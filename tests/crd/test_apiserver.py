@@ -52,7 +52,10 @@ def build(kind: str, spec: dict[str, Any] | None = None, name: str = "one") -> d
 
 
 def change(obj: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Sets spec.<path> to value; steps are names and indexes, value ... deletes."""
+    """Sets spec.<path> to value; steps are names and indexes, value ... deletes, and no path adds fields to spec."""
+    if not path:
+        obj["spec"] |= value
+        return obj
     *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
     place = obj["spec"]
     for step in steps:
@@ -121,7 +124,10 @@ def _without_empty(value: Any) -> Any:
 IMMUTABLE = "is immutable: create a new resource instead"
 ONE_MODEL = "exactly one of model and fineTuneRef must be given"
 ONE_SOURCE = "exactly one of uri and fineTuneRef must be given"
+ONE_OLD = "ewc.datasetRef must be given without replay, and only then"
+OLD = {"datasetRef": {"name": "general"}}
 RISING = "weights must rise from step to step"
+NO_ADAPTERS = "method Full trains all weights and has no adapters: remove lora"
 CANDIDATE = {"name": "base", "model": {"uri": "s3://models/a"}}
 
 REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
@@ -172,14 +178,105 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
         "Dataset", "resources.limits", {"x" * 64: "1"}, "keys must have 1 to 63 characters",
     ),
     "no base model": ("FineTune", "baseModel", ..., "spec.baseModel: Required value"),
+    "a base model from nowhere": ("FineTune", "baseModel", {}, ONE_SOURCE),
+    "a base model from two places": ("FineTune", "baseModel.fineTuneRef", {"name": "x"}, ONE_SOURCE),
+    "a FineTune that begins with itself": (
+        "FineTune", "baseModel", {"fineTuneRef": {"name": "one"}}, "baseModel.fineTuneRef must name another FineTune",
+    ),
+    "a Dataset of no weight": ("FineTune", "datasets.0.weight", "0", "must be between 0.001 and 1000"),
+    "a temperature that sharpens": ("FineTune", "datasetTemperature", "0.5", "must be between 1 and 100"),
+    "a temperature of one Dataset": ("FineTune", "datasetTemperature", "2", "needs at least two datasets"),
+    "a retention that does nothing": ("FineTune", "retention", {}, "replay, ewc or both must be given"),
+    "a replay of nothing but the old": (
+        "FineTune", "retention", {"replay": {**OLD, "ratio": "1"}}, "must be between 0.01 and 0.9",
+    ),
+    "a replay of what is trained on": (
+        "FineTune", "retention", {"replay": {"datasetRef": {"name": "calls"}}}, "take it out of one of them",
+    ),
+    "weights held for what is trained on": (
+        "FineTune", "retention", {"ewc": {"lambda": "1", "datasetRef": {"name": "calls"}}}, "take it out of one of",
+    ),
+    "weights held that no process has whole": (
+        "FineTune", "",
+        {"retention": {"ewc": {**OLD, "lambda": "1"}}, "distributed": {"deepspeed": {"zeroStage": 3}}},
+        "zeroStage must be 2 or less",
+    ),
+    "weights held that Dora moves": (
+        "FineTune", "",
+        {"retention": {"ewc": {**OLD, "lambda": "1"}}, "lora": {"variant": "Dora"}},
+        "choose another lora.variant, or replay alone",
+    ),
+    "weights held for nobody": ("FineTune", "retention", {"ewc": {"lambda": "1"}}, ONE_OLD),
+    "weights held for another than is replayed": (
+        "FineTune", "retention", {"replay": OLD, "ewc": {**OLD, "lambda": "1"}}, ONE_OLD,
+    ),
     "the same Dataset twice": ("FineTune", "datasets", [{"name": "a"}, {"name": "a"}], "Duplicate value"),
     "a Dataset whose name cannot be one": ("FineTune", "datasets", [{"name": "A"}], "should match"),
     "a rank of 0": ("FineTune", "lora.rank", 0, "greater than or equal to 1"),
     "a dropout of 1": ("FineTune", "lora.dropout", "1", "must be between 0 and 0.9"),
     "a learning rate of 0": ("FineTune", "hyperparameters.learningRate", "0", "must be between 1e-9 and 1"),
     "a learning rate above 1": ("FineTune", "hyperparameters.learningRate", "1e1", "must be between 1e-9 and 1"),
-    "a method that is not there yet": ("FineTune", "method", "Full", "Unsupported value"),
+    "a method that does not exist": ("FineTune", "method", "PrefixTuning", "Unsupported value"),
+    "all weights with adapters": ("FineTune", "", {"method": "Full", "lora": {"rank": 8}}, NO_ADAPTERS),
+    "all weights with adapters of a kind": (
+        "FineTune", "", {"method": "Full", "lora": {"variant": "Dora"}}, NO_ADAPTERS,
+    ),
+    "4-bit weights that processes share out": (
+        "FineTune", "", {"method": "QLora", "distributed": {"deepspeed": {"zeroStage": 3}}},
+        "method QLora keeps its 4-bit weights whole in every process: zeroStage must be 2 or less",
+    ),
+    "Fp16 with an optimiser that is shared out": (
+        "FineTune", "",
+        {"hyperparameters": {"precision": "Fp16"}, "distributed": {"deepspeed": {"zeroStage": 1}}},
+        "precision Fp16 works with zeroStage 0 only: choose Bf16, or leave zeroStage out",
+    ),
+    "a variant that does not exist": ("FineTune", "lora.variant", "AdaLora", "Unsupported value"),
+    "a layer twice": ("FineTune", "lora.targetModules", ["fc1", "fc1"], "Duplicate value"),
+    "a layer by its path": ("FineTune", "lora.targetModules", ["encoder.fc1"], "should match"),
+    "no layers": ("FineTune", "lora.targetModules", [], "should have at least 1 items"),
+    "no gradients to a step": (
+        "FineTune", "hyperparameters.gradientAccumulation", 0, "greater than or equal to 1",
+    ),
     "a warm-up longer than the run": ("FineTune", "hyperparameters.warmupRatio", "1.1", "must be between 0 and 1"),
+    "a dropout of the network of 1": ("FineTune", "hyperparameters.dropout", "1", "must be between 0 and 0.9"),
+    "an augmentation of nothing": ("FineTune", "augmentation", {}, "augmentation needs at least one of speed"),
+    "a slowest speed above the fastest": (
+        "FineTune", "augmentation", {"speed": {"min": "1.2"}}, "speed.min must be at most speed.max",
+    ),
+    "a loudest noise softer than the softest": (
+        "FineTune", "augmentation", {"noise": {"snrDbMin": 30}}, "noise.snrDbMin must be at most noise.snrDbMax",
+    ),
+    "noise of no kind": ("FineTune", "augmentation", {"noise": {"kinds": []}}, "noise needs kinds, or a uri"),
+    "noise from a model hub": ("FineTune", "augmentation", {"noise": {"uri": "hf://noise/fans"}}, "should match"),
+    "the same noise twice": (
+        "FineTune", "augmentation", {"noise": {"kinds": ["Pink", "Pink"]}}, "Duplicate value",
+    ),
+    "a driest room above the default wettest": (
+        "FineTune", "augmentation", {"roomImpulseResponse": {"rt60MinSeconds": "0.7"}}, "must be at most rt60MaxSecond",
+    ),
+    "rooms that are simulated and recorded": (
+        "FineTune", "augmentation", {"roomImpulseResponse": {"uri": "s3://rooms/a", "rt60MinSeconds": "0.2"}},
+        "takes a uri, or bounds of simulated rooms, not both",
+    ),
+    "no codec to pass": ("FineTune", "augmentation", {"codec": {"kinds": []}}, "should have at least 1 items"),
+    "an effect that never comes": (
+        "FineTune", "augmentation", {"codec": {"probability": "0"}}, "must be between 0.01 and 1",
+    ),
+    "masks of no kind": (
+        "FineTune", "augmentation", {"specAugment": {"timeMasks": 0, "frequencyMasks": 0}},
+        "specAugment needs timeMasks or frequencyMasks",
+    ),
+    "a budget that bounds and prices nothing": (
+        "FineTune", "budget", {}, "at least one of maxGpuHours, maxHours and costPerGpuHour must be given",
+    ),
+    "a budget of no time": ("FineTune", "budget", {"maxHours": "0"}, "must be between 0.000001 and 100000"),
+    "a currency without a price": (
+        "FineTune", "budget", {"maxHours": "1", "currency": "EUR"}, "currency goes with costPerGpuHour",
+    ),
+    "a worth without a cost": (
+        "FineTune", "economics", {"costPerCorrectedWord": "0.01", "hoursPerMonth": "100"},
+        "economics needs budget.costPerGpuHour",
+    ),
     "no candidates": ("Evaluation", "candidates", [], "should have at least 1 items"),
     "nine candidates": (
         "Evaluation", "candidates", [{**CANDIDATE, "name": f"c{i}"} for i in range(9)], "must have at most 8 items",
@@ -283,16 +380,22 @@ UNCHANGEABLE = [
     ("FineTune", {"baseModel": {"uri": "s3://models/other"}}),
     ("FineTune", {"datasets": [{"name": "other"}]}),
     ("FineTune", {"lora": {"rank": 8}}),
+    ("FineTune", {"lora": {"variant": "RsLora"}}),
+    ("FineTune", {"method": "QLora"}),
     ("FineTune", {"hyperparameters": {"epochs": 9}}),
     ("FineTune", {"padding": "Window"}),
     ("FineTune", {"distributed": {"processesPerNode": 2}}),
     ("FineTune", {"earlyStopping": {"patience": 5}}),
+    ("FineTune", {"augmentation": {"speed": {}}}),
+    ("FineTune", {"datasetTemperature": "2"}),
+    ("FineTune", {"retention": {"replay": OLD}}),
+    ("FineTune", {"budget": {"maxHours": "2"}}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "patch"), UNCHANGEABLE)
 def test_what_a_result_was_made_from_never_changes(api: Api, kind: str, patch: dict[str, Any]) -> None:
-    obj = build(kind, name=f"fixed-{'-'.join(patch).lower()}")
+    obj = build(kind, name=f"fixed-{UNCHANGEABLE.index((kind, patch))}")
     assert api.create(obj, dry_run=False).status == 201
     answer = api.merge(kind, obj["metadata"]["name"], {"spec": patch})
     assert answer.status == 422

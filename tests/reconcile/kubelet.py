@@ -25,6 +25,7 @@ from attune.render.names import LABEL_OWNER_UID
 T = TypeVar("T")
 REPLICA_SET = ResourceType("apps/v1", "ReplicaSet", "replicasets")
 CHILDREN = (JOB, CONFIG_MAP, DEPLOYMENT, REPLICA_SET, SERVICE, HTTP_ROUTE, POD)
+IMAGE_ID = "registry.test/trainer@sha256:" + "f" * 64
 SECONDS = 120.0  # far more than it takes; the machine may have other work
 
 
@@ -195,7 +196,7 @@ def container_status(state: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": CONTAINER,
                 "image": "trainer",
-                "imageID": "",
+                "imageID": IMAGE_ID,
                 "ready": "running" in state,
                 "restartCount": 0,
                 "started": "running" in state,

@@ -5,8 +5,10 @@ from typing import Any
 from attune.contract.measures import Decision
 from attune.contract.result import (
     DatasetStatistics,
+    Estimate,
     EvaluateResult,
     FinetuneResult,
+    Hardware,
     LeaderboardRow,
     PrepareResult,
     Rejection,
@@ -58,6 +60,27 @@ TRAINED = FinetuneResult(
     training_seconds=82,
     gpu_seconds=0,
     audio_seconds_per_second="41.5",
+)
+ESTIMATE = Estimate(seconds=90, gpu_hours="0.2", memory_bytes=3_000_000_000)
+# All that a trainer tells, of a run that its budget has ended.
+TRAINED_ON_GPUS = TRAINED.model_copy(
+    update={
+        "weights_digest": "sha256:" + "9" * 64,
+        "old_baseline_wer": "0.1",
+        "old_wer": "0.11",
+        "total_steps": 400,
+        "training_seconds": 5400,
+        "gpu_seconds": 43200,
+        "budget_reached": True,
+        "cost": "30",
+        "peak_memory_bytes": 2_500_000_000,
+        "estimate": ESTIMATE,
+        "report_uri": "s3://attune/models/team/finetune/lora/1/u/report.html",
+        "curve_uri": "s3://attune/models/team/finetune/lora/1/u/curve.json",
+        "code_version": "0.1.0",
+        "hardware": Hardware(device="A GPU", precision="bf16", processes=8, threads=4, torch="2.15.0"),
+        "irreproducible": "its budget ended it by the clock, and another run may be faster or slower",
+    }
 )
 
 

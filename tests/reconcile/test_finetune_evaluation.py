@@ -11,8 +11,8 @@ from attune.contract.job import EvaluateRecipe, FinetuneRecipe, JobSpec
 from attune.contract.result import Failure, MetricValue, Progress, Summary
 
 from tests.reconcile.conftest import OperatorProcess
-from tests.reconcile.kubelet import Namespace, find_condition, wait_for
-from tests.reconcile.samples import DATASET, EVALUATED, EVALUATION, FINE_TUNE, PREPARED, TRAINED
+from tests.reconcile.kubelet import IMAGE_ID, Namespace, find_condition, wait_for
+from tests.reconcile.samples import DATASET, EVALUATED, EVALUATION, FINE_TUNE, PREPARED, TRAINED, TRAINED_ON_GPUS
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(180)]
 
@@ -40,11 +40,18 @@ def test_the_chain_from_audio_to_verdict(namespace: Namespace, operator: Operato
     assert recipe.datasets[0].revision == PREPARED.revision
     assert recipe.output_prefix.startswith(f"models/{namespace.name}/finetune/lora/")
     namespace.wait_reason("Evaluation", "holdout", "FineTuneNotFinished")
-    namespace.finish(training, Summary(result=TRAINED))
-    done = namespace.wait_reason("FineTune", "lora", "Trained")
+    namespace.finish(training, Summary(result=TRAINED_ON_GPUS))
+    done = namespace.wait_reason("FineTune", "lora", "BudgetReached")
     assert done["status"] == "True"
     assert "0.113" in done["message"]
     status = namespace.get("FineTune", "lora")["status"]
+    assert status["report"] == TRAINED_ON_GPUS.report_uri
+    assert status["model"]["weightsDigest"] == TRAINED_ON_GPUS.weights_digest
+    assert status["estimate"] == {"seconds": 90, "gpuHours": "0.2", "memoryBytes": 3_000_000_000}
+    assert status["usage"]["peakMemoryBytes"] == 2_500_000_000
+    assert status["lineage"]["imageDigest"] == IMAGE_ID.partition("@")[2]
+    assert status["lineage"]["configDigest"] == recipe.config_digest()
+    assert status["lineage"]["hardware"]["processes"] == 8
     assert status["model"]["digest"] == TRAINED.model_digest
     assert status["lineage"]["datasets"] == [{"name": "calls", "revision": PREPARED.revision, "uri": PREPARED.uri}]
 
@@ -76,6 +83,45 @@ def test_revision_is_fixed_when_the_run_begins(namespace: Namespace, operator: O
     namespace.finish(training, Summary(result=TRAINED))
     namespace.wait_reason("FineTune", "lora", "Trained")
     assert [one["metadata"]["uid"] for one in namespace.jobs("lora")] == [training["metadata"]["uid"]]
+
+
+def test_the_next_generation_waits_for_its_parent_and_begins_with_its_model(
+    namespace: Namespace, operator: OperatorProcess
+) -> None:
+    next_one = {
+        "baseModel": {"fineTuneRef": {"name": "lora"}},
+        "datasets": [{"name": "calls", "weight": "2"}],
+        "retention": {"replay": {"datasetRef": {"name": "general"}, "ratio": "0.25"}},
+    }
+    namespace.apply("FineTune", "next", next_one)
+    namespace.apply("Dataset", "calls", DATASET)
+    namespace.finish(namespace.wait_job("calls"), Summary(result=PREPARED))
+    namespace.wait_reason("FineTune", "next", "DatasetNotFound")
+    namespace.apply("Dataset", "general", DATASET)
+    old = PREPARED.model_copy(update={"revision": "sha256:" + "b" * 64})
+    namespace.finish(namespace.wait_job("general"), Summary(result=old))
+    namespace.wait_reason("FineTune", "next", "FineTuneNotFound")
+    namespace.apply("FineTune", "lora", FINE_TUNE)
+    namespace.wait_reason("FineTune", "next", "FineTuneNotFinished")
+    namespace.finish(namespace.wait_job("lora"), Summary(result=TRAINED))
+
+    training = namespace.wait_job("next")
+    recipe = read_spec(namespace, training).recipe
+    assert isinstance(recipe, FinetuneRecipe)
+    assert (recipe.base.uri, recipe.base.digest) == (TRAINED.model_uri, TRAINED.model_digest)
+    assert recipe.datasets[0].weight == "2"
+    assert recipe.retention is not None
+    assert recipe.retention.dataset.revision == old.revision
+    # What it began with is written down: the parent may go.
+    assert namespace.cluster.delete(CUSTOM["FineTune"], namespace.name, "lora")
+    result = TRAINED.model_copy(update={"old_baseline_wer": "0.05", "old_wer": "0.06", "curve_uri": "s3://attune/c"})
+    namespace.finish(training, Summary(result=result))
+    namespace.wait_reason("FineTune", "next", "Trained")
+    status = namespace.get("FineTune", "next")["status"]
+    assert status["lineage"]["parent"]["digest"] == TRAINED.model_digest
+    assert status["lineage"]["retained"]["revision"] == old.revision
+    assert (status["metrics"]["oldWer"], status["curve"]) == ("0.06", "s3://attune/c")
+    assert [one["metadata"]["uid"] for one in namespace.jobs("next")] == [training["metadata"]["uid"]]
 
 
 def test_failed_dataset_holds_its_finetune_until_it_is_mended(namespace: Namespace, operator: OperatorProcess) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from attune.contract.environment import TERMINATION_MESSAGE_BYTES
 from attune.contract.exitcode import ExitCode
+from attune.contract.job import JobSpec
 from attune.contract.result import Failure, Rejection, Summary
 from attune_trainer import failures, job
 from attune_trainer.decimals import decimal_string
@@ -81,6 +82,28 @@ def test_a_job_publishes_its_result_and_says_it_again(
     assert "result is already published" in {one["message"] for one in log}
 
 
+def test_an_attempt_that_comes_late_changes_nothing_that_was_published(
+    s3_store: Store, key_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(s3_store, f"{key_prefix}/in", [line(number) for number in range(40)], good_audio(40))
+    asked = JobSpec.model_validate(spec(key_prefix, recipe(key_prefix)))
+    prepare = job.load_recipe("prepare")
+
+    def attempt(uid: str) -> Any:
+        return job.run(asked, s3_store, ProgressReporter(), work_directory=tmp_path / uid, attempt_uid=uid)
+
+    def be_late(the_recipe: Any, context: job.RecipeContext) -> Any:
+        """Works until the pod that took over is done."""
+        monkeypatch.setattr(job, "load_recipe", lambda name: prepare)
+        others.append(attempt("newer"))
+        return prepare(the_recipe, context).model_copy(update={"uri": "s3://late"})
+
+    others: list[Any] = []
+    monkeypatch.setattr(job, "load_recipe", lambda name: be_late)
+    assert [attempt("older")] == others
+    assert json.loads(s3_store.read_bytes(asked.result_key))["uri"] == others[0].uri != "s3://late"
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "reason"),
     [
@@ -131,8 +154,9 @@ def test_a_job_of_another_contract_is_refused(job_environment: dict[str, str], c
     assert PRIVATE_TEXT not in json.dumps([summary, log])
 
 
-def test_prepare_needs_no_torch() -> None:
-    check = "import sys, attune_trainer.job as job; job.load_recipe('prepare'); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("name", ["prepare", "finetune"])
+def test_a_job_that_leaves_the_arithmetic_to_others_needs_no_torch(name: str) -> None:
+    check = f"import sys, attune_trainer.job as job; job.load_recipe({name!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False, timeout=300).returncode == 0
 
 

@@ -17,6 +17,7 @@ from attune.domain.names import build_job_name, fingerprint, is_same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.reconcile.samples import TRAINED
 from tests.unit.worlds import (
     KINDS,
     NOW,
@@ -281,6 +282,23 @@ def test_more_memory_is_a_new_job_of_the_same_run() -> None:
     done = settle(replace(settle(observe("FineTune")), jobs=(finished(name, "FineTune"),)))  # type: ignore[arg-type]
     spec = observe("FineTune", resources={"limits": {"memory": "4Gi"}}).resource.spec
     assert decide(replace(done, resource=done.resource.model_copy(update={"spec": spec}))).actions == ()  # type: ignore[arg-type]
+
+
+def test_a_run_of_all_weights_has_a_model_and_no_adapter() -> None:
+    result = TRAINED.model_copy(update={"adapter_uri": None, "adapter_digest": None})
+    message = Summary(result=result).to_message()
+    ended = replace(
+        finished(wanted_name("FineTune", method="Full"), "FineTune"),
+        pods=(pod(phase="Succeeded", exit_code=0, termination_message=message),),
+    )
+    done = settle(replace(settle(observe("FineTune", method="Full")), jobs=(ended,)))  # type: ignore[arg-type]
+    assert condition(done.resource.status, "Succeeded")[0] == "True"
+    status = done.resource.status.model_dump(by_alias=True, exclude_none=True)
+    assert status["model"] == {
+        "uri": TRAINED.model_uri,
+        "digest": TRAINED.model_digest,
+        "padding": TRAINED.padding,
+    }
 
 
 def test_revision_is_stored_before_the_run_begins() -> None:

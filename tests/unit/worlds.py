@@ -10,8 +10,8 @@ from attune.contract.job import ModelInput
 from attune.contract.result import Summary
 from attune.domain.actions import DeleteJob, EnsureJob, Plan
 from attune.domain.dataset import ObservedDataset, decide_dataset
-from attune.domain.evaluation import ObservedEvaluation, ObservedFineTuneRef, decide_evaluation
-from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune, decide_finetune
+from attune.domain.evaluation import ObservedEvaluation, decide_evaluation
+from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune, ObservedFineTuneRef, decide_finetune
 from attune.domain.jobs import ObservedJob, ObservedPod, Surroundings
 from attune.domain.kueue import ObservedQueue
 

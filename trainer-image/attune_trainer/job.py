@@ -113,7 +113,7 @@ def run(
     attempt_uid: str | None = None,
     stop: threading.Event | None = None,
 ) -> Any:
-    """Runs the spec's recipe and publishes its Result, last; a Result already published is given again at once.
+    """Runs the spec's recipe and publishes its Result, last; one that is published already is given again instead.
 
     Args:
         spec: what to do.
@@ -142,17 +142,31 @@ def run(
     context.work_directory.mkdir(parents=True, exist_ok=True)
     result = load_recipe(spec.recipe.recipe)(spec.recipe, context)
     reporter.update(stage="Publishing")
-    store.write_bytes(
-        spec.result_key,
-        _RESULT.dump_json(result, by_alias=True, exclude_none=True, indent=1),
-        content_type="application/json",
-    )
+    result = _publish_result(spec, store, result)
     for clean_up in context.once_published:
         try:
             clean_up()
         except RecipeFailure as failure:  # the work is done and stays done
             _log.warning("not cleaned up", extra={"reason": failure.reason})
     reporter.update(stage="Finished", percent=100)
+    return result
+
+
+def _publish_result(spec: JobSpec, store: Store, result: Any) -> Any:
+    """Writes a Result, last of all that an attempt writes; gives the one that counts.
+
+    A pod that was thought lost may come to its end after the one that replaced it: what the operator may have read by
+    then stays as it is.
+    """
+    published = read_published(spec, store)
+    if published is not None:
+        _log.warning("another attempt has published its result first", extra={"key": spec.result_key})
+        return published
+    store.write_bytes(
+        spec.result_key,
+        _RESULT.dump_json(result, by_alias=True, exclude_none=True, indent=1),
+        content_type="application/json",
+    )
     return result
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from attune.contract.environment import PROGRESS_PORT
-from attune.contract.result import MetricValue, Progress
+from attune.contract.result import Estimate, MetricValue, Progress
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -46,6 +46,7 @@ class ProgressReporter:
         self._total_steps: int | None = None
         self._epoch: float | None = None
         self._metrics: dict[str, str] = {}
+        self._estimate: Estimate | None = None
         self._step_origin: tuple[float, int] | None = None
         self._began = clock()
         self._exact_percent = 0.0
@@ -98,6 +99,11 @@ class ProgressReporter:
             while len(self._metrics) > _MAX_METRICS:
                 self._metrics.pop(next(iter(self._metrics)))
 
+    def expect(self, estimate: Estimate) -> None:
+        """Says from now on what the whole recipe will take."""
+        with self._lock:
+            self._estimate = estimate
+
     def snapshot(self) -> Progress:
         """Gives the newest progress with the remaining time as it looks now."""
         now = self._clock()
@@ -110,6 +116,7 @@ class ProgressReporter:
                 epoch=None if self._epoch is None else decimal_string(self._epoch, 3),
                 estimated_remaining_seconds=self._remaining_seconds(now),
                 metrics=[MetricValue(name=name, value=value) for name, value in self._metrics.items()],
+                estimate=self._estimate,
             )
 
     def _remaining_seconds(self, now: float) -> int | None:

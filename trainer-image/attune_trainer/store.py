@@ -348,7 +348,19 @@ def digest_directory(path: Path) -> str:
     Raises:
         ValueError: when there is no file.
     """
-    names = _regular_files(path)
+    return _digest_files(path, _regular_files(path))
+
+
+def digest_weights(path: Path) -> str:
+    """Gives the same over a model folder's safetensors files alone.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    return _digest_files(path, [name for name in _regular_files(path) if name.endswith(".safetensors")])
+
+
+def _digest_files(path: Path, names: builtins.list[str]) -> str:
     if not names:
         raise ValueError(f"{path} holds no file to digest")
     whole = hashlib.sha256()

@@ -62,5 +62,14 @@ Uri = Annotated[
         description="Where the files are: s3://bucket/prefix, or hf://organisation/name[@revision] on a model hub.",
     ),
 ]
+S3Uri = Annotated[
+    str,
+    Field(
+        pattern=r"^s3://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._/@=+-]*)?$",
+        min_length=6,
+        max_length=1024,
+        description="Where the files are: s3://bucket/prefix.",
+    ),
+]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]

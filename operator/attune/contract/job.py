@@ -1,20 +1,26 @@
 """JobSpec: everything that a recipe is told, as one mounted job.json."""
 
+import hashlib
+import json
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from attune.contract.base import ContractModel, DecimalString
+from attune.contract.costs import Budget, Economics
 from attune.contract.measures import Gate, Metric
 from attune.contract.training import (
+    Augmentation,
     Checkpointing,
     Distributed,
     EarlyStopping,
+    Ewc,
     Hyperparameters,
     Lora,
     Method,
     Padding,
+    Replay,
 )
 
 
@@ -89,22 +95,55 @@ class ModelInput(ContractModel):
     model_id: str | None = None
 
 
+class TrainingInput(DatasetInput):
+    """A Dataset to be trained on. weight multiplies what its size, or the temperature, gives it; absent is 1."""
+
+    weight: DecimalString | None = None
+
+
+class Retention(ContractModel):
+    """An old domain that is not to be forgotten, and by which means. At least one of replay and ewc is given."""
+
+    dataset: DatasetInput
+    replay: Replay | None = None
+    ewc: Ewc | None = None
+
+
 class FinetuneRecipe(ContractModel):
-    """Base model + training splits -> adapter and merged model."""
+    """Base model + training splits -> a model, and the adapter that makes it of the base where there is one."""
 
     recipe: Literal["finetune"] = "finetune"
     base: ModelInput
-    datasets: list[DatasetInput]
+    datasets: list[TrainingInput]
+    dataset_temperature: DecimalString | None = None  # absent is 1: each Dataset by its size
+    retention: Retention | None = None
     method: Method = Method.LORA
     lora: Lora = Field(default_factory=Lora)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     padding: Padding = Padding.BUCKETS
     early_stopping: EarlyStopping | None = None
+    augmentation: Augmentation | None = None
     checkpoint: Checkpointing = Field(default_factory=Checkpointing)
     distributed: Distributed = Field(default_factory=Distributed)
     model_id: str  # ft:<base>:<six hexadecimal digits>
     output_prefix: str  # key prefix; the model lands in <prefix>/<attempt uid>/{merged,adapter}
     checkpoint_prefix: str  # key prefix; shared by all attempts of this run
+    budget: Budget | None = None
+    economics: Economics | None = None  # for the report alone
+
+    def config_digest(self) -> str:
+        """Digest of all that is told to decide the model; where files go, checkpoints and prices do not."""
+        told = self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude_none=True,
+            exclude={"checkpoint", "model_id", "output_prefix", "checkpoint_prefix", "economics", "budget"},
+        )
+        limits = self.budget.limits() if self.budget is not None else {}
+        if limits:
+            told["budget"] = limits
+        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 class EvaluateCandidate(ContractModel):

@@ -17,6 +17,31 @@ class MetricValue(ContractModel):
     value: DecimalString
 
 
+class Estimate(ContractModel):
+    """What a whole run will take, extrapolated from its first steps."""
+
+    seconds: int  # by the clock, validations included
+    gpu_hours: DecimalString
+    memory_bytes: int  # of the fullest GPU; on a CPU, of all training processes together
+
+
+class Hardware(ContractModel):
+    """What a run's arithmetic depends on: its class of hardware."""
+
+    device: str = Field(max_length=128)
+    precision: str = Field(max_length=8)  # bf16, fp16, fp32
+    processes: int
+    threads: int  # of each process
+    torch: str = Field(max_length=64)
+
+    def describe(self) -> str:
+        """Says it in words."""
+        return (
+            f"{self.device}, {self.precision}, {self.processes} process{'es' if self.processes > 1 else ''} "
+            f"of {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch}"
+        )
+
+
 class Progress(ContractModel):
     """How far a Job is. GET /progress on PROGRESS_PORT answers this."""
 
@@ -27,6 +52,7 @@ class Progress(ContractModel):
     epoch: DecimalString | None = None
     estimated_remaining_seconds: int | None = None
     metrics: list[MetricValue] = Field(default=[], max_length=16)
+    estimate: Estimate | None = None
 
 
 class SplitStatistics(ContractModel):
@@ -78,24 +104,44 @@ class PrepareResult(ContractModel):
 
 
 class FinetuneResult(ContractModel):
-    """What came out of finetune. WERs are of the validation split, in the serving configuration, as fractions."""
+    """What came out of finetune. WERs are of the validation split, in the serving configuration, as fractions.
+
+    There is no adapter where all weights were trained. curve_uri has the word error rates after every epoch, as JSON;
+    the first entry is the base model's.
+    """
 
     recipe: Literal["finetune"] = "finetune"
     model_id: str
     model_uri: str
     model_digest: str
-    adapter_uri: str
-    adapter_digest: str
+    adapter_uri: str | None = None
+    adapter_digest: str | None = None
     base_digest: str
     padding: Padding
     baseline_wer: DecimalString
     wer: DecimalString
+    # Of the retained Dataset's validation split, with retention only.
+    old_baseline_wer: DecimalString | None = None
+    old_wer: DecimalString | None = None
     steps: int
     epochs: DecimalString
     training_seconds: int
     gpu_seconds: int
     audio_seconds_per_second: DecimalString
     stopped_early: bool = False
+    # Absent in results of trainers before these were told.
+    weights_digest: str | None = None  # of the merged model's weights alone: its other files name the model
+    total_steps: int | None = None  # that were planned
+    budget_reached: bool | None = None
+    cost: DecimalString | None = None  # where the budget has a price
+    peak_memory_bytes: int | None = None  # as in the estimate
+    estimate: Estimate | None = None
+    report_uri: str | None = None
+    curve_uri: str | None = None
+    code_version: str | None = None
+    hardware: Hardware | None = None
+    # Why the same run again, on the same hardware, may give weights of another digest.
+    irreproducible: str | None = Field(default=None, max_length=256)
 
 
 class LeaderboardRow(ContractModel):

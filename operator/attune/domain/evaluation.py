@@ -10,10 +10,9 @@ from attune.contract.measures import Gate
 from attune.contract.result import EvaluateResult
 from attune.domain.actions import EnsureJob, Plan
 from attune.domain.conditions import State, find_condition
-from attune.domain.finetune import ObservedDatasetRef
+from attune.domain.finetune import ObservedDatasetRef, ObservedFineTuneRef
 from attune.domain.jobs import (
     SUSPENDED,
-    Availability,
     ObservedJob,
     Standing,
     Surroundings,
@@ -35,15 +34,6 @@ _RUN: Final = Wording(
     does="judges the candidates",
     more_memory="raise spec.resources.limits.memory",
 )
-
-
-@dataclass(frozen=True)
-class ObservedFineTuneRef:
-    """A FineTune that a candidate names. model is there when it is Ready, that is, finished."""
-
-    name: str
-    availability: Availability
-    model: ModelInput | None = None
 
 
 @dataclass(frozen=True)

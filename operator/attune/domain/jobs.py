@@ -55,6 +55,7 @@ class ObservedPod:
     phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"]
     ip: str | None = None
     image: str | None = None
+    image_id: str | None = None  # what the kubelet says it runs, once it does
     waiting_reason: str | None = None
     waiting_message: str | None = None
     unschedulable: str | None = None  # the scheduler's message

@@ -23,8 +23,8 @@ from attune.api.meta import Condition, Resource, Status
 from attune.contract.job import ModelInput
 from attune.domain.conditions import STALLED, find_condition
 from attune.domain.dataset import ObservedDataset
-from attune.domain.evaluation import ObservedEvaluation, ObservedFineTuneRef
-from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune
+from attune.domain.evaluation import ObservedEvaluation
+from attune.domain.finetune import ObservedDatasetRef, ObservedFineTune, ObservedFineTuneRef
 from attune.domain.jobs import Availability, ObservedJob, ObservedPod, Surroundings
 from attune.domain.kueue import ObservedQueue
 from attune.domain.times import parse_time
@@ -44,18 +44,21 @@ def observe_dataset(cluster: Cluster, settings: Settings, dataset: Dataset, now:
 
 
 def observe_finetune(cluster: Cluster, settings: Settings, tune: FineTune, now: datetime) -> ObservedFineTune:
-    """Reads a FineTune's Datasets, its Jobs, and the progress of the pod that trains."""
-    namespace = tune.metadata.namespace
+    """Reads what a FineTune names, its Jobs, and the progress of the pod that trains."""
+    namespace, spec = tune.metadata.namespace, tune.spec
+    old, parent = spec.retention.dataset_ref if spec.retention is not None else None, spec.base_model.fine_tune_ref
     jobs = observe_jobs(cluster, tune)
     running = next((pod for job in jobs if (pod := job.running_pod) is not None), None)
     progress = read_progress(running.ip) if running is not None and running.ip is not None else None
     return ObservedFineTune(
         resource=tune,
-        datasets=tuple(observe_dataset_ref(cluster, namespace, one.name) for one in tune.spec.datasets),
+        datasets=tuple(observe_dataset_ref(cluster, namespace, one.name) for one in spec.datasets),
         jobs=jobs,
         now=now,
         surroundings=describe_surroundings(settings),
         progress=progress,
+        retained=observe_dataset_ref(cluster, namespace, old.name) if old is not None else None,
+        parent=observe_fine_tune_ref(cluster, namespace, parent.name) if parent is not None else None,
     )
 
 
@@ -105,7 +108,10 @@ def observe_fine_tune_ref(cluster: Cluster, namespace: str, name: str) -> Observ
     if availability != "Ready" or model is None:
         return ObservedFineTuneRef(name, "Failed" if availability == "Failed" else "NotReady")
     return ObservedFineTuneRef(
-        name, "Ready", ModelInput(uri=model.uri, digest=model.digest, model_id=tune.status.model_id)
+        name,
+        "Ready",
+        ModelInput(uri=model.uri, digest=model.digest, model_id=tune.status.model_id),
+        ModelInput(uri=model.adapter_uri, digest=model.adapter_digest) if model.adapter_uri is not None else None,
     )
 
 
@@ -242,6 +248,7 @@ def observe_pod(body: Object) -> ObservedPod:
         phase=status.get("phase") or "Unknown",
         ip=status.get("podIP"),
         image=image,
+        image_id=container.get("imageID") or None,
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message"),
         unschedulable=read_unschedulable(body),

@@ -14,7 +14,10 @@ def find_references(resource: Resource) -> frozenset[Key]:
 
     match resource:
         case FineTune(spec=spec):
-            return frozenset(keys(Dataset.KIND, *spec.datasets))
+            old = spec.retention.dataset_ref if spec.retention is not None else None
+            return frozenset(
+                keys(Dataset.KIND, *spec.datasets, old) | keys(FineTune.KIND, spec.base_model.fine_tune_ref)
+            )
         case Evaluation(spec=spec):
             tuned = (one.fine_tune_ref for one in spec.candidates)
             return frozenset(keys(Dataset.KIND, spec.dataset_ref) | keys(FineTune.KIND, *tuned))

@@ -1,15 +1,13 @@
 """attune.json: what a model folder says of itself beside its weights, first of all how its audio is to be padded."""
 
 from pathlib import Path
-from typing import Final
 
 from attune.contract.training import Padding
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from attune_trainer.failures import InvalidInput
-
-ARTIFACT_FILE: Final = "attune.json"
+from attune_trainer.lineage import ARTIFACT_FILE, History
 
 
 class Artifact(BaseModel):
@@ -21,6 +19,7 @@ class Artifact(BaseModel):
         base_model: address of the model that was tuned; None for a pretrained one.
         model_id: the name under which it is served.
         language: ISO 639-1 code that a multilingual model is prompted with; None lets it detect the language.
+        history: how it came to be, the newest generation first; empty for a pretrained model.
     """
 
     # Unknown keys are kept out of the way, not refused: a newer image may have written the file.
@@ -31,6 +30,7 @@ class Artifact(BaseModel):
     base_model: str | None = None
     model_id: str | None = None
     language: str | None = None
+    history: History = ()
 
 
 def read_artifact(folder: Path) -> Artifact:

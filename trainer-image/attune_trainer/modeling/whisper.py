@@ -29,7 +29,7 @@ disable_progress_bar()
 
 SAMPLE_RATE: Final = 16000  # Hz
 ARCHITECTURES: Final = ("WhisperForConditionalGeneration",)
-# The linear layers of every block in encoder and decoder; adapters go on all of them.
+# The linear layers of every block in encoder and decoder.
 LINEAR_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -90,6 +90,11 @@ class Whisper:
         stated = getattr(self.generation, "is_multilingual", None)
         return bool(getattr(self.generation, "lang_to_id", None)) if stated is None else bool(stated)
 
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Names of the layers that adapters can go on, the same in every block."""
+        return LINEAR_LAYERS
+
     def languages(self) -> dict[str, int]:
         """Gives the token id of each language by its ISO code; nothing where the model knows only one."""
         if not self.is_multilingual:
@@ -129,6 +134,16 @@ class Whisper:
     def end(self) -> int:
         """The token id that closes a transcript."""
         return int(self.config.eos_token_id)
+
+    def set_dropout(self, share: float) -> None:
+        """Sets the dropout of hidden states, attention weights and feed-forward activations, for training alone.
+
+        The configuration, which is saved with a tuned model, keeps the base's.
+        """
+        for module in self.model.modules():
+            for name in ("dropout", "activation_dropout"):
+                if isinstance(getattr(module, name, None), (int, float)):
+                    setattr(module, name, share)
 
     def features(self, audio: Sequence[npt.NDArray[np.float32]], seconds: float) -> Tensor:
         """Turns clips into log-mel features of shape (clips, mels, 100 x seconds), each padded with silence.
@@ -216,6 +231,8 @@ def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.
         raise InvalidInput("InvalidModelFile", message)
     # The encoders differ in their forward alone; the outer class stays transformers' own, whose name is saved with it.
     model.model.encoder.__class__ = SlicedWhisperEncoder
+    # Sinusoids, which are no weights: short clips would bend only the first of them.
+    model.model.encoder.embed_positions.requires_grad_(False)  # noqa: FBT003 (torch's own)
     return Whisper(model=model.to(device).eval(), tokenizer=tokenizer, extractor=extractor)
 
 

@@ -355,7 +355,7 @@ def _results(
                 "utterancesByErrors": histogram(one.measured.words),
                 "confusions": list(confusions[one.name]),
                 # Of each utterance: hits, substitutions, deletions, insertions.
-                "counts": [[u.hits, u.substitutions, u.deletions, u.insertions] for u in one.measured.words],
+                "counts": [list(utterance.row) for utterance in one.measured.words],
             }
             for one in judgement.leaderboard
         ],

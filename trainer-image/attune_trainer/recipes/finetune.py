@@ -1,25 +1,62 @@
-"""finetune: a base model and training splits become adapters and a merged model."""
+"""finetune: a base model and training splits become a tuned model, and adapters where the method has them."""
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from attune.contract.job import DatasetInput, FinetuneRecipe, Split
-from attune.contract.result import FinetuneResult
+import attune
+from attune.contract.job import DatasetInput, FinetuneRecipe
+from attune.contract.result import Estimate, FinetuneResult
+from attune.contract.training import Method, NoiseKind, Precision
 
-from attune_trainer.data.dataset import Utterance, audio_name, fetch_audio, load_manifest, load_split
+from attune_trainer.augmentation.augmenter import TALKERS
+from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
+from attune_trainer.data.dataset import DatasetManifest, Utterance, audio_name, fetch_audio, load_manifest
 from attune_trainer.decimals import decimal_string
 from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
-from attune_trainer.store import digest_directory, fetch_model
+from attune_trainer.lineage import MAX_GENERATIONS, Generation, TrainedOn, read_history
+from attune_trainer.store import digest_directory, digest_weights, fetch_model
 from attune_trainer.training import checkpoints
+from attune_trainer.training.checkpoints import TrainingState
+from attune_trainer.training.corpus import choose_corpus
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
-from attune_trainer.training.settings import TrainingSettings, TrainingUtterance, fingerprint
+from attune_trainer.training.licence import read_licence
+from attune_trainer.training.report import (
+    CountedDataset,
+    TrainingReport,
+    why_irreproducible,
+    write_card,
+    write_report,
+)
+from attune_trainer.training.settings import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    Keeping,
+    TrainingSettings,
+    TrainingUtterance,
+    fingerprint,
+)
 
 _log = logging.getLogger(__name__)
+
+_CURVE_FILE: Final = "curve.json"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run begins with, and what its report has to say of that."""
+
+    settings: TrainingSettings
+    base_digest: str
+    licence: str | None
+    datasets: tuple[CountedDataset, ...]
+    blocks: tuple[str, ...]
 
 
 def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
@@ -37,11 +74,17 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
     if gpus and processes > gpus:
         message = f"spec.distributed.processesPerNode is {processes}, but the pod has {gpus} GPUs; lower it"
         raise InvalidInput("TooManyProcesses", message)
+    if recipe.hyperparameters.precision is Precision.FP16 and not gpus:
+        message = (
+            "spec.hyperparameters.precision is Fp16, which needs a GPU, and the pod has none; choose Auto, or give the "
+            "pod one with nvidia.com/gpu in spec.resources.limits"
+        )
+        raise InvalidInput("PrecisionUnsupported", message)
     context.reporter.update(stage="Downloading", percent=0)
     with TrainingProcesses(context.directory("training"), processes) as training:
-        settings, base_digest = _fetch_inputs(recipe, context, training.stop_file)
+        inputs = _fetch_inputs(recipe, context, training.stop_file)
         context.raise_if_stopped()
-        training.begin(settings)
+        training.begin(inputs.settings)
         follower = _Follower(recipe, context)
         try:
             training.follow(follower.on_event, context.stop.is_set)
@@ -54,7 +97,7 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
         follower.finish(strict=False)
     checkpoint_prefix = f"{recipe.checkpoint_prefix.rstrip('/')}/"
     context.once_published.append(lambda: checkpoints.delete_all(context.store, checkpoint_prefix))
-    return _publish(recipe, context, settings, base_digest, follower.outcome)
+    return _publish(recipe, context, inputs, follower.outcome)
 
 
 class _Follower:
@@ -73,9 +116,12 @@ class _Follower:
         if kind == "progress":
             self._context.reporter.update(**event)
         elif kind == "baseline":
-            self._context.reporter.update(metrics={"baselineWer": event["wer"]})
+            names = {"wer": "baselineWer", "oldWer": "oldBaselineWer"}
+            self._context.reporter.update(metrics={names[name]: value for name, value in event.items()})
         elif kind == "validated":
-            self._context.reporter.update(epoch=event["epoch"], metrics={"wer": event["wer"]})
+            self._context.reporter.update(epoch=event.pop("epoch"), metrics=event)
+        elif kind == "estimate":
+            self._context.reporter.expect(Estimate.model_validate(event))
         elif kind == "checkpoint":
             self._uploads.append(self._pool.submit(self._upload, Path(event["folder"])))
         elif kind == "finished":
@@ -97,42 +143,37 @@ class _Follower:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> tuple[TrainingSettings, str]:
-    """Brings model, audio and the newest checkpoint to the disk; gives the settings and the base's digest."""
+def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> _Inputs:
+    """Brings model, audio and the newest checkpoint to the disk."""
     store = context.store
     base = fetch_model(store, recipe.base.uri, context.directory("base"), recipe.base.digest)
     base_digest = recipe.base.digest or digest_directory(base)
     context.reporter.update(percent=3)
-    languages = {load_manifest(store, dataset).language for dataset in recipe.datasets}
-    if len(languages) != 1:
-        message = f"the Datasets are in several languages ({', '.join(sorted(languages))}); tune one model for each"
-        raise InvalidInput("MixedLanguages", message)
-    train = _utterances(context, recipe.datasets, Split.TRAIN, (3.0, 8.0))
-    validation = _utterances(context, recipe.datasets, Split.VALIDATION, (8.0, 9.0))
-    mark = fingerprint(
-        base_digest,
-        *(dataset.revision for dataset in recipe.datasets),
-        *(
-            part.model_dump_json()
-            for part in (recipe.lora, recipe.hyperparameters, recipe.distributed, recipe.early_stopping)
-            if part is not None
-        ),
-        recipe.padding,
-    )
+    history = read_history(base)
+    manifests = [load_manifest(store, dataset) for dataset in _all_datasets(recipe)]
+    language = _read_language(manifests)
+    corpus = choose_corpus(store, recipe, history)
+    folder = context.directory("audio")
+    _fetch_audio(context, corpus.utterances(), folder, (3.0, 9.0))
+    noises, rooms = _fetch_recordings(recipe, context, len(corpus.train))
+    mark = mark_run(recipe, base_digest, (*noises, *rooms))
     resume = checkpoints.download_newest(store, recipe.checkpoint_prefix, context.directory("resume"), mark)
     # An attempt of the same pod that died may have left some.
     shutil.rmtree(context.directory("checkpoints"))
+    retention = recipe.retention
     settings = TrainingSettings(
         base=base,
         base_uri=recipe.base.uri,
         model_id=recipe.model_id,
-        language=languages.pop(),
-        train=train,
-        validation=validation,
+        language=language,
+        train=tuple(_local(one, folder, part) for part, one in corpus.train),
+        validation=tuple(_local(one, folder) for _, one in corpus.validation),
+        method=recipe.method,
         lora=recipe.lora,
         hyperparameters=recipe.hyperparameters,
         padding=recipe.padding,
         early_stopping=recipe.early_stopping,
+        budget=recipe.budget,
         checkpoint=recipe.checkpoint,
         distributed=recipe.distributed,
         fingerprint=mark,
@@ -140,84 +181,218 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         resume=resume,
         output=context.directory("output"),
         stop_file=stop_file,
+        augmentation=recipe.augmentation,
+        noises=noises,
+        rooms=rooms,
+        mixture=corpus.mixture,
+        keeping=Keeping(
+            validation=tuple(_local(one, folder) for one in corpus.old_validation),
+            ewc=retention.ewc,
+            sample=tuple(_local(one, folder) for one in corpus.sample),
+        )
+        if retention is not None
+        else None,
+        history=(_describe_generation(recipe, base_digest), *history)[:MAX_GENERATIONS],
     )
-    return settings, base_digest
+    return _Inputs(
+        settings=settings,
+        base_digest=base_digest,
+        licence=read_licence(base),
+        datasets=tuple(
+            CountedDataset.from_manifest(dataset, manifest)
+            for dataset, manifest in zip(_all_datasets(recipe), manifests, strict=True)
+        ),
+        blocks=tuple(
+            f"{recipe.datasets[number].name}/{one.block(manifests[number].by)}" for number, one in corpus.validation
+        ),
+    )
 
 
-def _utterances(
-    context: RecipeContext, datasets: Sequence[DatasetInput], split: Split, percent: tuple[float, float]
-) -> tuple[TrainingUtterance, ...]:
-    """Downloads the audio of a split of all datasets.
+def _fetch_recordings(
+    recipe: FinetuneRecipe, context: RecipeContext, utterances: int
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Downloads own noises and impulse responses; checks that babble has talkers.
 
     Raises:
-        InvalidInput: EmptySplit.
+        RecipeFailure: TooFewTalkers, and as for fetch_recordings.
     """
-    found: list[Utterance] = []
-    for dataset in datasets:
-        found += load_split(context.store, dataset, split)
-    if split is Split.TRAIN and len(datasets) > 1:
-        found = _without_held_out(context, datasets, found)
-    if not found:
-        message = f"the {split.value} split is empty; give the Dataset more audio, or other shares in spec.splits"
-        raise InvalidInput("EmptySplit", message)
-    folder = context.directory("audio")
+    noises: tuple[Path, ...] = ()
+    rooms: tuple[Path, ...] = ()
+    if recipe.augmentation is None:
+        return noises, rooms
+    noise, room = recipe.augmentation.noise, recipe.augmentation.room_impulse_response
+    if noise is not None and NoiseKind.BABBLE in noise.kinds and utterances <= TALKERS[0]:
+        message = (
+            f"spec.augmentation.noise.kinds has Babble, which lets {TALKERS[0]} or more other training utterances "
+            f"speak at once, but the train split has {utterances}; leave Babble out, or give the Dataset more audio"
+        )
+        raise InvalidInput("TooFewTalkers", message)
+    if noise is not None and noise.uri is not None:
+        noises = fetch_recordings(
+            context.store,
+            noise.uri,
+            context.directory("noises"),
+            field="spec.augmentation.noise.uri",
+            longest_seconds=LONGEST_NOISE_SECONDS,
+            raise_if_stopped=context.raise_if_stopped,
+        )
+    if room is not None and room.uri is not None:
+        rooms = fetch_recordings(
+            context.store,
+            room.uri,
+            context.directory("rooms"),
+            field="spec.augmentation.roomImpulseResponse.uri",
+            longest_seconds=LONGEST_ROOM_SECONDS,
+            raise_if_stopped=context.raise_if_stopped,
+        )
+    return noises, rooms
+
+
+def _read_language(manifests: Sequence[DatasetManifest]) -> str:
+    """Gives the language of all Datasets.
+
+    Raises:
+        InvalidInput: MixedLanguages.
+    """
+    languages = {manifest.language for manifest in manifests}
+    if len(languages) != 1:
+        message = f"the Datasets are in several languages ({', '.join(sorted(languages))}); tune one model for each"
+        raise InvalidInput("MixedLanguages", message)
+    return languages.pop()
+
+
+def _all_datasets(recipe: FinetuneRecipe) -> list[DatasetInput]:
+    """Lists what is trained on and, last, the old domain's."""
+    return [*recipe.datasets, *([recipe.retention.dataset] if recipe.retention is not None else [])]
+
+
+def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path] = ()) -> str:
+    """Gives what a checkpoint must carry for this run to go on from it.
+
+    Options that are not set have no part in it, so that the run goes on where another release of this image began it.
+    """
+    parts = (
+        recipe.lora,
+        recipe.hyperparameters,
+        recipe.distributed,
+        recipe.early_stopping,
+        recipe.augmentation,
+        recipe.retention,
+    )
+    shares = (recipe.dataset_temperature, *(one.weight for one in recipe.datasets))
+    limits = recipe.budget.limits() if recipe.budget is not None else {}
+    return fingerprint(
+        base_digest,
+        *(dataset.revision for dataset in recipe.datasets),
+        *(part.model_dump_json(exclude_none=True) for part in parts if part is not None),
+        recipe.padding,
+        *(() if recipe.method is Method.LORA else (recipe.method,)),
+        *((json.dumps(shares),) if any(shares) else ()),
+        *((json.dumps(limits),) if limits else ()),
+        *(file.stem for file in recordings),
+    )
+
+
+def _describe_generation(recipe: FinetuneRecipe, base_digest: str) -> Generation:
+    retention = recipe.retention
+    heard = _all_datasets(recipe) if retention is not None and retention.replay is not None else recipe.datasets
+    return Generation(
+        model_id=recipe.model_id,
+        base_model=recipe.base.uri,
+        base_digest=base_digest,
+        datasets=tuple(TrainedOn(name=one.name, revision=one.revision, uri=one.uri) for one in heard),
+    )
+
+
+def _fetch_audio(
+    context: RecipeContext, utterances: Sequence[Utterance], folder: Path, percent: tuple[float, float]
+) -> None:
+    """Downloads the audio of utterances."""
     low, high = percent
 
     def report(fetched: int) -> None:
         context.raise_if_stopped()
-        context.reporter.update(percent=low + (high - low) * fetched / len(found))
+        context.reporter.update(percent=low + (high - low) * fetched / len(utterances))
 
-    fetch_audio(context.store, found, folder, report)
-    return tuple(
-        TrainingUtterance(audio=folder / audio_name(one.audio_digest), text=one.text, seconds=one.seconds)
-        for one in found
+    fetch_audio(context.store, utterances, folder, report)
+
+
+def _local(utterance: Utterance, folder: Path, part: int = 0) -> TrainingUtterance:
+    return TrainingUtterance(
+        audio=folder / audio_name(utterance.audio_digest), text=utterance.text, seconds=utterance.seconds, part=part
     )
-
-
-def _without_held_out(
-    context: RecipeContext, datasets: Sequence[DatasetInput], train: Sequence[Utterance]
-) -> list[Utterance]:
-    """Leaves out recordings that another of the datasets validates on or holds out; each was divided by itself."""
-    held_out = {
-        one.audio_digest
-        for dataset in datasets
-        for split in (Split.VALIDATION, Split.HOLDOUT)
-        for one in load_split(context.store, dataset, split)
-    }
-    kept = [one for one in train if one.audio_digest not in held_out]
-    if len(kept) < len(train):
-        _log.warning("utterances left out: another Dataset holds them out", extra={"count": len(train) - len(kept)})
-    return kept
 
 
 def _publish(
-    recipe: FinetuneRecipe,
-    context: RecipeContext,
-    settings: TrainingSettings,
-    base_digest: str,
-    outcome: dict[str, Any],
+    recipe: FinetuneRecipe, context: RecipeContext, inputs: _Inputs, outcome: dict[str, Any]
 ) -> FinetuneResult:
-    """Uploads adapter and merged model, and says what they are."""
+    """Uploads model, adapter where there is one, curve, report and model card below this attempt's own prefix."""
     context.reporter.update(stage="Publishing", percent=95)
     prefix = f"{recipe.output_prefix.rstrip('/')}/{context.attempt_uid}"
-    adapter, merged = settings.output / "adapter", settings.output / "merged"
-    adapter_uri = context.store.upload_directory(adapter, f"{prefix}/adapter")
-    model_uri = context.store.upload_directory(merged, f"{prefix}/merged")
+    output = inputs.settings.output
+    adapter, model = output / ADAPTER_FOLDER, output / MODEL_FOLDER
+    has_adapter = adapter.is_dir()
+    state = TrainingState.model_validate_json((output / checkpoints.STATE_FILE).read_bytes())
+    adapter_uri = context.store.upload_directory(adapter, f"{prefix}/{ADAPTER_FOLDER}") if has_adapter else None
+    model_uri = context.store.upload_directory(model, f"{prefix}/{MODEL_FOLDER}")
     seconds = round(outcome["training_seconds"])
-    return FinetuneResult(
+    gpu_seconds = seconds * outcome["gpus"]
+    cost = recipe.budget.cost(gpu_seconds) if recipe.budget is not None else None
+    old_wer, old_baseline_wer = state.best_metrics.get("oldWer"), state.baseline_metrics.get("oldWer")
+    result = FinetuneResult(
         model_id=recipe.model_id,
         model_uri=model_uri,
-        model_digest=digest_directory(merged),
+        model_digest=digest_directory(model),
         adapter_uri=adapter_uri,
-        adapter_digest=digest_directory(adapter),
-        base_digest=base_digest,
+        adapter_digest=digest_directory(adapter) if has_adapter else None,
+        base_digest=inputs.base_digest,
         padding=recipe.padding,
         baseline_wer=decimal_string(outcome["baseline_wer"]),
         wer=decimal_string(outcome["wer"]),
+        old_baseline_wer=None if old_baseline_wer is None else decimal_string(old_baseline_wer),
+        old_wer=None if old_wer is None else decimal_string(old_wer),
         steps=outcome["steps"],
+        total_steps=outcome["total_steps"],
         epochs=decimal_string(outcome["epochs"]),
         training_seconds=seconds,
-        gpu_seconds=seconds * outcome["gpus"],
+        gpu_seconds=gpu_seconds,
         audio_seconds_per_second=decimal_string(outcome["audio_seconds_per_second"], 3),
         stopped_early=outcome["stopped_early"],
+        weights_digest=digest_weights(model),
+        budget_reached=state.budget_reached,
+        cost=None if cost is None else decimal_string(cost, 2),
+        peak_memory_bytes=state.peak_memory_bytes,
+        estimate=state.estimate,
+        curve_uri=_publish_curve(state, context, prefix),
+        code_version=attune.__version__,
+        hardware=state.hardware[-1],
+        irreproducible=why_irreproducible(state, outcome["gpus"]),
     )
+    report = TrainingReport(
+        title=f"{context.spec.owner.namespace}/{context.spec.owner.name}",
+        recipe=recipe,
+        result=result,
+        state=state,
+        language=inputs.settings.language,
+        licence=inputs.licence,
+        datasets=inputs.datasets,
+        blocks=inputs.blocks,
+    )
+    return result.model_copy(update={"report_uri": _publish_report(report, context, prefix)})
+
+
+def _publish_curve(state: TrainingState, context: RecipeContext, prefix: str) -> str:
+    """Writes down what each validation gave, the base model's first; gives the address."""
+    curve = [{"epoch": one.epoch, **one.metrics} for one in state.course.validations]
+    return context.publish(f"{prefix}/{_CURVE_FILE}", json.dumps(curve, indent=1), "application/json")
+
+
+def _publish_report(report: TrainingReport, context: RecipeContext, prefix: str) -> str | None:
+    """Writes README.md and report.html beside the model; gives the report's address."""
+    try:
+        card, page = write_card(report), write_report(report, context.work_directory)
+    except Exception:  # noqa: BLE001 (a page that cannot be made must not cost a model)
+        _log.exception("no report")
+        return None
+    context.publish(f"{prefix}/README.md", card, "text/markdown; charset=utf-8")
+    return context.publish(f"{prefix}/report.html", page, "text/html; charset=utf-8")

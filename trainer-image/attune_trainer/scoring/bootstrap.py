@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from attune_trainer.scoring.errors import ErrorCounts
 
 REPLICATIONS = 4000
+# Below this many speakers or groups the percentiles of their bootstrap say little (it draws the same few again and
+# again); utterances are drawn instead, and the report says that the interval is about these speakers only.
+FEWEST_BLOCKS = 6
 # So many drawn blocks at a time: replications x blocks, 8 bytes each, once for the draw and once for what is summed.
 _DRAWN_AT_ONCE = 2_000_000
 
@@ -35,6 +38,17 @@ class BootstrapInterval:
     low: float
     high: float
     blocks: int
+
+
+def choose_blocks(labels: Sequence[str]) -> tuple[list[str], bool]:
+    """Gives what to draw, and whether that is single utterances because there are too few labels.
+
+    Args:
+        labels: speaker, call or group of each utterance.
+    """
+    if len(set(labels)) < FEWEST_BLOCKS:
+        return [str(position) for position in range(len(labels))], True
+    return list(labels), False
 
 
 def bootstrap_wer(

@@ -1,6 +1,6 @@
 """Word and character errors of one transcript against another, as counts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
@@ -21,6 +21,17 @@ class ErrorCounts:
     deletions: int = 0
     insertions: int = 0
     words: int = 0
+
+    @classmethod
+    def from_row(cls, row: Sequence[int]) -> "ErrorCounts":
+        """Reads what `row` gives."""
+        hits, substitutions, deletions, insertions = row
+        return cls(hits, substitutions, deletions, insertions, hits + substitutions + deletions)
+
+    @property
+    def row(self) -> tuple[int, int, int, int]:
+        """Hits, substitutions, deletions, insertions: all of it, as it is stored."""
+        return self.hits, self.substitutions, self.deletions, self.insertions
 
     @property
     def errors(self) -> int:

@@ -1,19 +1,16 @@
 """The report of an evaluation: one HTML file that holds no transcript and needs no network."""
 
-import io
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import markupsafe
 from attune.contract.job import DatasetInput, Split, SplitBy
 from attune.contract.measures import Gate
 
+from attune_trainer.pages import draw, render_page
 from attune_trainer.scoring.bootstrap import REPLICATIONS, BootstrapInterval
 from attune_trainer.scoring.errors import ErrorCounts
 from attune_trainer.scoring.normaliser import NORMALISER
@@ -57,14 +54,12 @@ def write_report(subject: Subject, judgement: Judgement, work_directory: Path) -
         judgement: what came out.
         work_directory: where the plotting library may keep its caches.
     """
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("attune_trainer.scoring").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
     first = judgement.leaderboard[0]
     base = next(one for one in judgement.leaderboard if one.name == subject.baseline)
     others = len(judgement.leaderboard) - 1
     label = subject.by.value.lower()
-    return template.render(
+    return render_page(
+        "scoring/report.html.j2",
         title=subject.title,
         utterances=len(first.measured.words),
         words=first.counts.words,
@@ -79,7 +74,7 @@ def write_report(subject: Subject, judgement: Judgement, work_directory: Path) -
         confidence=f"{100 * subject.confidence:.4g} %",
         joint_confidence=f"{100 * (1 - (1 - subject.confidence) / max(1, others)):.4g} %",
         rows=[_row(one, subject.confusions[one.name]) for one in judgement.leaderboard],
-        plot=markupsafe.Markup(_plot(judgement.leaderboard, work_directory)),  # noqa: S704 (matplotlib escapes text)
+        plot=_plot(judgement.leaderboard, work_directory),
         gates=[
             {
                 "text": _gate(gate),
@@ -113,9 +108,9 @@ def _row(one: Judged, confusions: Sequence[int]) -> dict[str, Any]:
     return {
         "name": one.name,
         "wer": f"{100 * one.wer.value:.2f} %",
-        "wer_interval": _span(one.wer),
+        "wer_interval": describe_span(one.wer),
         "change": "" if one.change is None else f"{100 * one.change.value:+.1f} %",
-        "change_interval": "" if one.change is None else _span(one.change, "+"),
+        "change_interval": "" if one.change is None else describe_span(one.change, "+"),
         "substitutions": one.counts.substitutions,
         "deletions": one.counts.deletions,
         "insertions": one.counts.insertions,
@@ -130,7 +125,8 @@ def _row(one: Judged, confusions: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _span(interval: BootstrapInterval, sign: str = "") -> str:
+def describe_span(interval: BootstrapInterval, sign: str = "") -> str:
+    """Writes an interval in percent: "5.0 to 13.2 %"."""
     return f"{100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f} %"
 
 
@@ -140,17 +136,10 @@ def histogram(counts: Sequence[ErrorCounts]) -> list[int]:
     return [sum(by_errors[number] for number in by_errors if low <= number <= high) for _, low, high in _HISTOGRAM]
 
 
-def _plot(leaderboard: Sequence[Judged], work_directory: Path) -> str:
-    """Draws each candidate's WER with its interval; gives an <svg> element."""
-    # The root file system is read-only, and matplotlib wants to keep a cache of fonts.
-    os.environ.setdefault("MPLCONFIGDIR", str(work_directory / "matplotlib"))
-    import matplotlib as mpl  # noqa: PLC0415 (it reads MPLCONFIGDIR when it is imported)
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
+def _plot(leaderboard: Sequence[Judged], work_directory: Path) -> markupsafe.Markup:
+    """Draws each candidate's WER with its interval."""
 
-    with mpl.rc_context({"svg.hashsalt": "attune", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 0.9 + 0.45 * len(leaderboard)), layout="constrained")
-        FigureCanvasSVG(figure)
+    def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         places = list(range(len(leaderboard)))
         values = [100 * one.wer.value for one in leaderboard]
@@ -165,7 +154,5 @@ def _plot(leaderboard: Sequence[Judged], work_directory: Path) -> str:
         axes.set_xlim(left=0)
         axes.set_xlabel("word error rate (%)")
         axes.grid(axis="x", alpha=0.3)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
+
+    return draw((8, 0.9 + 0.45 * len(leaderboard)), paint, work_directory)

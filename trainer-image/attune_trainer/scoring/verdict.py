@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from attune.contract.measures import Decision, Gate, Metric
 from attune.contract.training import Padding
 
-from attune_trainer.scoring.bootstrap import BootstrapInterval, bootstrap_change, bootstrap_wer
+from attune_trainer.scoring.bootstrap import BootstrapInterval, bootstrap_change, bootstrap_wer, choose_blocks
 from attune_trainer.scoring.errors import ErrorCounts, total
 
-# Below this many speakers or groups the percentiles of their bootstrap say little (it draws the same few again and
-# again); utterances are drawn instead, and the report says that the interval is about these speakers only.
-FEWEST_BLOCKS = 6
 _MOST_WORDS = 1_000_000
 
 
@@ -119,8 +116,7 @@ def judge(
         confidence: of the intervals.
         seed: of the draws.
     """
-    over_utterances = len(set(blocks)) < FEWEST_BLOCKS
-    drawn = [str(position) for position in range(len(blocks))] if over_utterances else list(blocks)
+    drawn, over_utterances = choose_blocks(blocks)
     base = next(one for one in candidates if one.name == baseline)
     others = len(candidates) - 1
     joint = 1.0 - (1.0 - confidence) / max(1, others)

@@ -38,12 +38,14 @@ def plan_epoch(
     seed: int,
     epoch: int,
     processes: int = 1,
+    chosen: Sequence[int] | None = None,
 ) -> list[tuple[Batch, ...]]:
     """Plans an epoch: one entry for each optimiser step, with one batch for each process.
 
-    Every utterance is used once. In a step of several processes a batch may be repeated, so that each has one. Audio of
-    a batch, its padding included, is at most max_batch_seconds, unless a single utterance is longer; where all are
-    padded to one window, only the audio itself counts. Three tenths of the batches are padded one bucket up.
+    Every utterance that was chosen is used, as often as it was chosen. In a step of several processes a batch may be
+    repeated, so that each has one. Audio of a batch, its padding included, is at most max_batch_seconds, unless a
+    single utterance is longer; where all are padded to one window, only the audio itself counts. Three tenths of the
+    batches are padded one bucket up.
 
     Args:
         seconds: duration of each utterance.
@@ -53,10 +55,13 @@ def plan_epoch(
         seed: of everything that is drawn here.
         epoch: number of the epoch, from 0.
         processes: how many train together.
+        chosen: positions of the utterances that the epoch contains; None takes each once.
     """
+    positions = range(len(seconds)) if chosen is None else chosen
     draw = np.random.default_rng([seed, epoch])
     by_bucket: dict[float, list[int]] = {bucket: [] for bucket in buckets}
-    for index in draw.permutation(len(seconds)).tolist():
+    for place in draw.permutation(len(positions)).tolist():
+        index = positions[place]
         by_bucket[choose_bucket(seconds[index], buckets)].append(index)
     batches: list[Batch] = []
     waiting: list[int] = []

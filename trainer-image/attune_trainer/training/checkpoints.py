@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from attune.contract.exitcode import ExitCode
+from attune.contract.result import Estimate, Hardware
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.store import Store, digest_file
+from attune_trainer.training.course import Course
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +20,9 @@ STATE_FILE: Final = "state.json"
 SEAL_FILE: Final = "seal.json"
 BEST_FILE: Final = "best.safetensors"
 ENGINE_FOLDER: Final = "engine"
+
+# Of each utterance of the validation split: hits, substitutions, deletions, insertions.
+Counts = tuple[tuple[int, int, int, int], ...]
 
 
 class TrainingState(BaseModel):
@@ -35,6 +40,13 @@ class TrainingState(BaseModel):
         step_seconds: time in optimiser steps so far, over all attempts.
         training_seconds: the same with validation.
         stopped_early: whether early stopping has ended the run.
+        budget_reached: whether the budget has.
+        course: losses and validations so far.
+        baseline_counts: word errors of the untuned model, by utterance.
+        best_counts: those of the best epoch.
+        hardware: classes of hardware that have trained so far, each once.
+        peak_memory_bytes: over all attempts; as in the contract's Estimate.
+        estimate: of the whole run, once its first steps are done.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +64,25 @@ class TrainingState(BaseModel):
     step_seconds: float = 0.0
     training_seconds: float = 0.0
     stopped_early: bool = False
+    budget_reached: bool = False
+    course: Course = Course()
+    baseline_counts: Counts = ()
+    best_counts: Counts = ()
+    hardware: tuple[Hardware, ...] = ()
+    peak_memory_bytes: int = 0
+    estimate: Estimate | None = None
+
+    @property
+    def baseline_metrics(self) -> dict[str, float]:
+        """What the validation of the untuned model gave; its WER alone where an earlier release measured it."""
+        told = next((one.metrics for one in self.course.validations if not one.step), {})
+        return {"wer": self.baseline_wer, **told}
+
+    @property
+    def best_metrics(self) -> dict[str, float]:
+        """What the validation of the best weights gave; nothing where an earlier release measured them."""
+        told = [one.metrics for one in self.course.validations if one.step and one.metrics["wer"] == self.best_wer]
+        return told[-1] if told else {}
 
 
 def seal(folder: Path) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import soundfile
+import torch
 from torch import Tensor
 
+from attune_trainer.augmentation.augmenter import Augmenter
 from attune_trainer.failures import InvalidInput
 from attune_trainer.modeling.whisper import Whisper
 from attune_trainer.training.batches import Batch
@@ -20,23 +22,29 @@ _AHEAD: Final = 4
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What one optimiser step of one process works on.
+    """What one process works on at a time: a step's work, or a part of it where gradients accumulate.
 
     Attributes:
         features: log-mel, shape (utterances, mels, frames).
         tokens: decoder inputs and targets.
-        seconds: audio without padding.
+        bucket: seconds that each utterance is padded to.
     """
 
     features: Tensor
     tokens: TokenBatch
-    seconds: float
+    bucket: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, decoder inputs and targets: what the loss takes."""
+        return self.features, self.tokens.inputs, self.tokens.targets
 
 
 class BatchLoader:
     """Loads batches in a thread of its own, a few ahead, and gives them in order.
 
-    Which batches there are is given from outside; a loader draws nothing, so its thread cannot change a run's course.
+    Which batches there are is given from outside, and what an augmenter draws depends on the utterance alone, so the
+    thread cannot change a run's course.
     """
 
     def __init__(
@@ -45,11 +53,13 @@ class BatchLoader:
         encoder: TranscriptEncoder,
         utterances: Sequence[TrainingUtterance],
         batches: Sequence[Batch],
+        augmenter: Augmenter | None = None,
     ) -> None:
         self._whisper = whisper
         self._encoder = encoder
         self._utterances = utterances
         self._batches = batches
+        self._augmenter = augmenter
         self._queue: queue.Queue[TrainingBatch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
@@ -88,13 +98,15 @@ class BatchLoader:
     def _load(self, batch: Batch) -> TrainingBatch:
         members = [self._utterances[index] for index in batch.members]
         audio = [read_samples(one) for one in members]
+        if self._augmenter is not None:
+            audio = [self._augmenter.hear(*one) for one in zip(batch.members, audio, strict=True)]
         transcripts = [self._encoder.encode(one.text) for one in members]
         tokens = self._encoder.batch([ids for ids in transcripts if ids is not None])
-        return TrainingBatch(
-            features=self._whisper.features(audio, batch.bucket),
-            tokens=tokens,
-            seconds=sum(one.seconds for one in members),
-        )
+        features = self._whisper.features(audio, batch.bucket)
+        if self._augmenter is not None:
+            for row, (position, samples) in enumerate(zip(batch.members, audio, strict=True)):
+                features[row] = torch.from_numpy(self._augmenter.mask(position, features[row].numpy(), len(samples)))
+        return TrainingBatch(features=features, tokens=tokens, bucket=batch.bucket)
 
 
 def read_samples(utterance: TrainingUtterance):  # type: ignore[no-untyped-def]  # noqa: ANN201

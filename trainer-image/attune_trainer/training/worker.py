@@ -5,46 +5,53 @@ are there.
 """
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import deepspeed
 import torch
 from attune.contract.exitcode import ExitCode
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from attune_trainer.failures import InvalidInput, RecipeFailure, from_exception
+from attune_trainer.failures import RecipeFailure, from_exception, is_out_of_memory
 from attune_trainer.logs import configure_logging
 from attune_trainer.modeling.artifact import read_artifact
 from attune_trainer.modeling.recognizer import Recognizer
 from attune_trainer.modeling.whisper import Whisper, load_whisper
-from attune_trainer.scoring.errors import ErrorCounts, count_errors, total
-from attune_trainer.scoring.normaliser import normalise
-from attune_trainer.training import adapters, checkpoints
-from attune_trainer.training.arithmetic import wants_bf16
-from attune_trainer.training.batches import Batch, plan_epoch
+from attune_trainer.training import checkpoints
+from attune_trainer.training.arithmetic import choose_dtype
+from attune_trainer.training.batches import plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
+from attune_trainer.training.consolidation import Consolidation, Importance
+from attune_trainer.training.course import Course
+from attune_trainer.training.engine import SHARES_WEIGHTS, build_engine, copy_trained, distributed
+from attune_trainer.training.epochs import Epochs
+from attune_trainer.training.estimate import choose_probe, extrapolate
 from attune_trainer.training.events import EventWriter
+from attune_trainer.training.export import clean_generation, describe_artifact, is_stored_in_fp32
+from attune_trainer.training.hardware import describe_hardware, peak_memory
 from attune_trainer.training.loader import BatchLoader, TrainingBatch, read_samples
+from attune_trainer.training.memory import explain_exhausted
+from attune_trainer.training.methods import choose_method, load_state, save_state
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.selection import judge_epoch
-from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
-from attune_trainer.training.transcripts import TranscriptEncoder
+from attune_trainer.training.settings import MODEL_FOLDER, TrainingSettings, TrainingUtterance
+from attune_trainer.training.transcripts import TranscriptEncoder, select_usable
+from attune_trainer.training.validation import Measured, Validator
+from attune_trainer.training.weights import trained_parameters
 
 _log = logging.getLogger("attune_trainer.training")
 
-_VALIDATION_CHUNK: Final = 16  # utterances between two looks at the stop flag
-# More than this share of unusable transcripts is a mistake in the data, not a few odd lines.
-_MAX_LEFT_OUT: Final = 0.1
 _MERGE_TOLERANCE: Final = 2e-3  # of the logits' largest magnitude, at fp32
 
 
@@ -61,11 +68,23 @@ class Training:
         self._parameters = settings.hyperparameters
         self._rank = int(os.environ.get("RANK", "0"))
         self._processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self._accumulation = self._parameters.gradient_accumulation or 1
         self._signalled = False
         self._device = torch.device(get_accelerator().current_device_name())
+        self._gpus = self._processes if self._device.type == "cuda" else 0
+        self._baseline_seconds = 0.0
+        self._probe_began: float | None = None  # in step_seconds; None where this attempt went on from a checkpoint
+        self._validator = Validator(
+            settings,
+            self._device,
+            rank=self._rank,
+            processes=self._processes,
+            raise_if_stopped=self._raise_if_stopped,
+            report=lambda percent: self._tell("progress", percent=percent),
+        )
 
     def run(self) -> None:
-        """Trains from the start or from a checkpoint to the end, and writes adapter and merged model.
+        """Trains from the start or from a checkpoint to the end, and writes what came out.
 
         Raises:
             RecipeFailure: for whatever a person has to mend.
@@ -74,157 +93,223 @@ class Training:
         signal.signal(signal.SIGTERM, self._on_signal)
         torch.manual_seed(self._parameters.seed)
         settings = self._settings
+        self._method = choose_method(settings, self._device)
         self._whisper = load_whisper(settings.base, self._device)
-        encoder = TranscriptEncoder(self._whisper, settings.language)
-        self._train, self._encoder = self._usable(encoder), encoder
-        base_artifact = read_artifact(settings.base)
-        state = self._resumed_state()
-        if state is None:
-            if not base_artifact.language:
-                base_artifact = base_artifact.model_copy(update={"language": encoder.language})
-            self._tell_stage("Baseline", percent=10)
-            baseline = self._validate(Recognizer(self._whisper, base_artifact), (10, 20))
-            state = TrainingState(fingerprint=settings.fingerprint, baseline_wer=baseline)
-        self._tell("baseline", wer=state.baseline_wer)
-        adapters.clean_generation(self._whisper)
-        self._artifact = adapters.describe_artifact(
+        self._encoder = TranscriptEncoder(self._whisper, settings.language)
+        self._train = select_usable(settings.train, self._encoder, self._whisper)
+        state = self._resumed_state() or self._begin()
+        self._tell("baseline", **state.baseline_metrics)
+        if state.estimate is not None:
+            self._tell("estimate", **state.estimate.model_dump(by_alias=True))
+        dtype = choose_dtype(self._parameters.precision, self._device)
+        hardware = describe_hardware(self._device, dtype, self._processes)
+        _log.info("training begins", extra=hardware.model_dump())
+        self._engine = build_engine(self._attach(), settings, dtype)
+        self._best = settings.checkpoints / "best" / checkpoints.BEST_FILE
+        if settings.resume is not None:
+            self._restore(settings.resume)
+        self._state = state.model_copy(update={"hardware": tuple(dict.fromkeys((*state.hardware, hardware)))})
+        self._train_to_the_end()
+        self._finish()
+
+    def _begin(self) -> TrainingState:
+        """Measures the untuned model, as it is served."""
+        artifact = read_artifact(self._settings.base)
+        if not artifact.language:
+            artifact = artifact.model_copy(update={"language": self._encoder.language})
+        self._tell_stage("Baseline", percent=10)
+        began = time.monotonic()
+        measured = self._measure(Recognizer(self._whisper, artifact), (10, 20))
+        self._baseline_seconds = time.monotonic() - began
+        return TrainingState(
+            fingerprint=self._settings.fingerprint,
+            baseline_wer=measured.metrics["wer"],
+            course=Course().with_validation(0, 0, measured.metrics),
+            baseline_counts=measured.counts,
+        )
+
+    def _attach(self) -> TranscriptionLoss:
+        """Makes the network trainable, plans the run, and gives what is to be minimised."""
+        settings = self._settings
+        trained = self._whisper
+        clean_generation(trained)
+        if self._parameters.dropout is not None:
+            trained.set_dropout(float(self._parameters.dropout))
+        self._model = self._served = self._method.attach(trained)
+        if settings.distributed.deepspeed.zero_stage == SHARES_WEIGHTS:
+            # Processes that transcribe take turns of their own, so each needs a whole network for that.
+            self._whisper = load_whisper(settings.base, self._device)
+            clean_generation(self._whisper)
+            self._served = self._method.attach(self._whisper)
+        torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
+        self._artifact = describe_artifact(
             self._whisper,
             settings.padding,
             base_uri=settings.base_uri,
             model_id=settings.model_id,
-            language=encoder.language,
+            language=self._encoder.language,
+            history=settings.history,
         )
         self._recognizer = Recognizer(self._whisper, self._artifact)
-        self._model = adapters.attach_adapters(self._whisper, settings.lora)
-        torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
-        self._plans = self._plan()
-        self._total_steps = sum(len(plan) for plan in self._plans)
-        self._engine = self._build_engine()
-        self._best = settings.checkpoints / "best" / checkpoints.BEST_FILE
-        if settings.resume is not None:
-            self._restore(settings.resume)
-        self._state = state
-        self._train_to_the_end()
-        self._finish()
-
-    def _usable(self, encoder: TranscriptEncoder) -> tuple[TrainingUtterance, ...]:
-        """Keeps the utterances that model and decoder have room for."""
-        window = self._whisper.window_seconds
-        kept = tuple(
-            one for one in self._settings.train if one.seconds <= window and encoder.encode(one.text) is not None
+        self._put_aside()
+        self._epochs = Epochs(
+            settings,
+            self._train,
+            self._recognizer.buckets,
+            window_seconds=self._whisper.window_seconds,
+            batches=self._processes * self._accumulation,
         )
-        left_out = len(self._settings.train) - len(kept)
-        if left_out > _MAX_LEFT_OUT * len(self._settings.train):
-            room = self._whisper.config.max_target_positions
-            message = (
-                f"{left_out} of {len(self._settings.train)} training utterances are longer than the model's window of "
-                f"{window:g} s or have transcripts longer than its {room} tokens; cut them into shorter utterances"
-            )
-            raise InvalidInput("UtterancesTooLong", message)
-        if left_out:
-            _log.warning("utterances left out: too long for the model", extra={"count": left_out})
-        return kept
+        return TranscriptionLoss(self._model, trained, self._estimate_importance())
 
-    def _plan(self) -> list[list[tuple[Batch, ...]]]:
-        buckets = self._recognizer.buckets
-        return [
-            plan_epoch(
-                [one.seconds for one in self._train],
-                buckets,
-                batch_size=self._parameters.batch_size,
-                max_batch_seconds=self._parameters.max_batch_seconds,
-                seed=self._parameters.seed,
-                epoch=epoch,
-                processes=self._processes,
-            )
-            for epoch in range(self._parameters.epochs)
-        ]
+    def _estimate_importance(self) -> Consolidation | None:
+        """Finds out what the old domain depends on; None where no weights are to be held.
 
-    def _build_engine(self) -> Any:
-        """Sets up DeepSpeed with torch's own optimiser, whose kernels are compiled already."""
-        parameters = self._parameters
-        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=float(parameters.learning_rate), weight_decay=float(parameters.weight_decay), fused=True
+        It is not part of a checkpoint: the model is the base still, nothing is drawn, and so a run that resumes finds
+        the same.
+
+        Raises:
+            _StopRequested: when the pod has been asked to end.
+        """
+        keeping = self._settings.keeping
+        if keeping is None or keeping.ewc is None:
+            return None
+        self._tell_stage("Consolidating", percent=20)
+        self._model.eval()
+        sample = select_usable(keeping.sample, self._encoder, self._whisper)
+        steps = plan_epoch(
+            [one.seconds for one in sample],
+            self._recognizer.buckets,
+            batch_size=self._parameters.batch_size,
+            max_batch_seconds=self._parameters.max_batch_seconds,
+            seed=self._parameters.seed,
+            epoch=0,
+            processes=self._processes,
         )
-        bf16 = wants_bf16(parameters.precision, self._device)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping only: batches vary in size
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": float(parameters.max_grad_norm),
-            "zero_optimization": {"stage": self._settings.distributed.deepspeed.zero_stage},
-            "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
-            "steps_per_print": sys.maxsize,
-        }
-        _log.info("training set up", extra={"precision": "bf16" if bf16 else "fp32", "device": str(self._device)})
-        engine, *_ = deepspeed.initialize(
-            model=TranscriptionLoss(self._model, self._whisper), optimizer=optimizer, config=config
-        )
-        return engine
+        loader = BatchLoader(self._whisper, self._encoder, sample, [step[self._rank] for step in steps])
+        importance = Importance(self._model, self._whisper)
+        objective = TranscriptionLoss(self._model, self._whisper)
+        try:
+            for number, batch in enumerate(loader):
+                self._raise_if_stopped()
+                self._tell("progress", step=number, total_steps=len(steps))
+                with self._memory_explained(batch):
+                    importance.add(objective, *(one.to(self._device) for one in batch.tensors))
+        finally:
+            loader.close()
+        if self._processes > 1:
+            importance.share()
+        return importance.consolidate(float(keeping.ewc.strength))
 
     def _train_to_the_end(self) -> None:
-        while self._state.epoch < self._parameters.epochs and not self._state.stopped_early:
+        while self._awaits_validation() or not self._has_ended():
             try:
-                self._train_epoch()
-                self._finish_epoch()
+                if not self._state.budget_reached:
+                    self._train_epoch()
+                if self._awaits_validation():
+                    self._finish_epoch()
             except _StopRequested:
                 self._save_checkpoint()
                 raise
             # After the last epoch too: the pod may be lost while it merges or publishes.
             self._save_checkpoint()
 
-    def _train_epoch(self) -> None:
+    def _has_ended(self) -> bool:
         state = self._state
-        steps = self._plans[state.epoch][state.step_in_epoch :]
-        loader = BatchLoader(self._whisper, self._encoder, self._train, [step[self._rank] for step in steps])
-        self._tell_stage("Training", step=state.step, total_steps=self._total_steps)
+        return state.epoch >= self._parameters.epochs or state.stopped_early or state.budget_reached
+
+    def _awaits_validation(self) -> bool:
+        """Tells whether an epoch is trained and not yet validated, or a run is about to end without any validation."""
+        state = self._state
+        if state.best_epoch is None and state.budget_reached:
+            return True
+        return state.epoch < self._parameters.epochs and state.step_in_epoch == len(self._epochs.plans[state.epoch])
+
+    def _train_epoch(self) -> None:
+        """Trains to the end of the epoch, or of the budget."""
+        state = self._state
+        steps = self._epochs.plans[state.epoch][state.step_in_epoch :]
+        augmenter = self._epochs.augmenter(state.epoch)
+        seconds = self._epochs.seconds(augmenter)
+        mine = [batch for step in steps for batch in step[self._rank :: self._processes]]
+        loader = BatchLoader(self._whisper, self._encoder, self._train, mine, augmenter)
+        self._tell_stage("Training", step=state.step, total_steps=self._epochs.steps)
         self._engine.train()
         try:
             began = time.monotonic()
-            for planned, batch in zip(steps, loader, strict=True):
-                loss, stop = self._train_step(batch)
+            batches = iter(loader)
+            for planned in steps:
+                loss, stop, spent = self._train_step(itertools.islice(batches, self._accumulation))
                 now = time.monotonic()
-                step_audio = sum(self._train[index].seconds for one in planned for index in one.members)
-                self._advance(step_audio, now - began)
+                step_audio = sum(seconds[index] for one in planned for index in one.members)
+                self._advance(loss, step_audio, now - began)
                 began = now
+                self._estimate()
                 self._report_step(loss)
                 if stop:
                     raise _StopRequested
+                if spent and self._state.step < self._epochs.steps:
+                    _log.info("the budget is spent", extra={"step": self._state.step})
+                    self._state = self._state.model_copy(update={"budget_reached": True})
+                    break
                 if self._state.step % self._settings.checkpoint.every_steps == 0:
                     self._save_checkpoint()
                     began = time.monotonic()
         finally:
             loader.close()
 
-    def _train_step(self, batch: TrainingBatch) -> tuple[float, bool]:
-        """Makes one optimiser step; gives the mean loss of all processes, and whether the run is to end."""
-        step = self._state.step
+    def _train_step(self, batches: Iterable[TrainingBatch]) -> tuple[float, bool, bool]:
+        """Makes one optimiser step; gives all processes' mean loss, whether to stop, whether the budget is spent."""
         rate = float(self._parameters.learning_rate) * learning_rate_factor(
-            step, self._total_steps, float(self._parameters.warmup_ratio)
+            self._state.step, self._epochs.steps, float(self._parameters.warmup_ratio)
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._engine(
-            batch.features.to(self._device),
-            batch.tokens.inputs.to(self._device),
-            batch.tokens.targets.to(self._device),
-        )
-        # One message for all that the processes must agree on.
-        shared = torch.stack([loss.detach().double(), torch.tensor(float(self._stop_wanted()), device=loss.device)])
+        losses = torch.zeros((), dtype=torch.double, device=self._device)
+        shared = (0.0, False, False)
+        for number, batch in enumerate(batches, start=1):
+            with self._memory_explained(batch):
+                loss = self._engine(*(one.to(self._device) for one in batch.tensors))
+                losses += loss.detach()
+                if number == self._accumulation:
+                    shared = self._share(losses / number)
+                self._engine.backward(loss)
+                self._engine.step()
+        if not self._engine.was_step_applied():  # DeepSpeed passes over gradients that are not finite
+            raise self._diverged(self._state.step + 1)
+        return shared
+
+    def _share(self, loss: Tensor) -> tuple[float, bool, bool]:
+        """Gives what _train_step does, in one message for all that the processes must agree on.
+
+        Raises:
+            RecipeFailure: Diverged.
+        """
+        wishes = torch.tensor([self._stop_wanted(), self._budget_spent()], dtype=torch.double, device=loss.device)
+        shared = torch.cat([loss.reshape(1), wishes])
         if self._processes > 1:
             torch.distributed.all_reduce(shared)
-        mean, stop = float(shared[0]) / self._processes, bool(shared[1] > 0)
-        if not torch.isfinite(shared[0]):
-            message = (
-                f"the loss is no longer finite at step {step + 1} of {self._total_steps}; lower "
-                "spec.hyperparameters.learningRate or maxGradNorm, or raise warmupRatio"
-            )
-            raise RecipeFailure(ExitCode.DIVERGED, "Diverged", message)
-        self._engine.backward(loss)
-        self._engine.step()
-        return mean, stop
+        summed, stop, spent = shared.tolist()
+        if not math.isfinite(summed):
+            raise self._diverged(self._state.step + 1)
+        return summed / self._processes, stop > 0, spent > 0
 
-    def _advance(self, audio_seconds: float, seconds: float) -> None:
+    def _diverged(self, step: int) -> RecipeFailure:
+        message = (
+            f"the loss or its gradient is no longer finite at step {step} of {self._epochs.steps}; lower "
+            "spec.hyperparameters.learningRate or maxGradNorm, or raise warmupRatio"
+        )
+        return RecipeFailure(ExitCode.DIVERGED, "Diverged", message)
+
+    @contextlib.contextmanager
+    def _memory_explained(self, batch: TrainingBatch) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain_exhausted(batch, self._settings) from error
+
+    def _advance(self, loss: float, audio_seconds: float, seconds: float) -> None:
         state = self._state
         self._state = state.model_copy(
             update={
@@ -233,78 +318,106 @@ class Training:
                 "audio_seconds": state.audio_seconds + audio_seconds,
                 "step_seconds": state.step_seconds + seconds,
                 "training_seconds": state.training_seconds + seconds,
+                "course": state.course.with_loss(loss),
             }
         )
 
+    def _estimate(self) -> None:
+        """Says once what the whole run will take; a run that went on from a checkpoint has said it, or never does."""
+        state = self._state
+        first, last = probe = choose_probe(self._epochs.steps)
+        if state.step == first:
+            self._probe_began = state.step_seconds
+        elif state.step == last and self._probe_began is not None:
+            estimate = extrapolate(
+                self._epochs.work(),
+                probe,
+                state.step_seconds - self._probe_began,
+                validations=self._parameters.epochs,
+                validation_seconds=self._baseline_seconds,
+                gpus=self._gpus,
+                memory_bytes=peak_memory(self._device, self._processes),
+            )
+            self._state = state.model_copy(update={"estimate": estimate})
+            self._tell("estimate", **estimate.model_dump(by_alias=True))
+
     def _report_step(self, loss: float) -> None:
         state = self._state
-        metrics = {"loss": loss, "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9)}
-        epoch = state.epoch + state.step_in_epoch / len(self._plans[state.epoch])
+        gpu_seconds = state.training_seconds * self._gpus
+        metrics = {
+            "loss": loss,
+            "audioSecondsPerSecond": state.audio_seconds / max(state.step_seconds, 1e-9),
+            "gpuSeconds": gpu_seconds,
+        }
+        budget = self._settings.budget
+        cost = None if budget is None else budget.cost(gpu_seconds)
+        if cost is not None:
+            metrics["estimatedCost"] = cost
+        epoch = state.epoch + state.step_in_epoch / len(self._epochs.plans[state.epoch])
         self._tell(
             "progress",
             step=state.step,
-            total_steps=self._total_steps,
+            total_steps=self._epochs.steps,
             epoch=epoch,
             metrics=metrics,
-            percent=20 + 70 * state.step / self._total_steps,
+            percent=20 + 70 * state.step / self._epochs.steps,
         )
 
     def _finish_epoch(self) -> None:
-        """Validates as the model will be served, keeps the best adapters, and decides about stopping early."""
+        """Validates as the model will be served, keeps the best weights, and decides about stopping early."""
         state = self._state
+        self._check_weights()
         self._tell_stage("Validating")
         began = time.monotonic()
-        done = 20 + 70 * state.step / self._total_steps
-        wer = self._validate(self._recognizer, (done, done))
-        judged = judge_epoch(state, wer, self._settings.early_stopping)
-        seconds = state.training_seconds + time.monotonic() - began
-        self._state = judged.model_copy(update={"training_seconds": seconds})
-        if judged.best_epoch == state.epoch and self._rank == 0:
-            adapters.save_adapter_state(adapters.adapter_state(self._model), self._best)
-        _log.info("epoch finished", extra={"epoch": state.epoch + 1, "wer": round(wer, 4)})
-        self._tell("validated", epoch=state.epoch + 1, wer=wer)
+        done = 20 + 70 * state.step / self._epochs.steps
+        self._take_up()
+        measured = self._measure(self._recognizer, (done, done))
+        metrics = measured.metrics
+        judged = judge_epoch(state, metrics["wer"], self._settings.early_stopping)
+        epochs = self._epochs.done(state.step)
+        update: dict[str, Any] = {
+            "training_seconds": state.training_seconds + time.monotonic() - began,
+            "course": state.course.with_validation(epochs, state.step, metrics),
+            "peak_memory_bytes": max(state.peak_memory_bytes, peak_memory(self._device, self._processes)),
+        }
+        if judged.best_epoch == state.epoch:
+            update["best_counts"] = measured.counts
+            if self._rank == 0:
+                save_state(self._method.state(self._served), self._best)
+        self._state = judged.model_copy(update=update)
+        self._put_aside()
+        _log.info("epoch finished", extra={"epoch": epochs, **{name: round(one, 4) for name, one in metrics.items()}})
+        self._tell("validated", epoch=epochs, **metrics)
 
-    def _validate(self, recognizer: Recognizer, percent: tuple[float, float]) -> float:
-        """Gives the corpus WER of the validation split; every process transcribes its share.
+    def _take_up(self) -> None:
+        """Brings the network that transcribes up to date, where it is not the one that trains."""
+        if self._served is not self._model:
+            self._served.to(self._device)
+            copy_trained(self._model, self._served)
 
-        Raises:
-            _StopRequested: when the pod has been asked to end.
-        """
-        mine = sorted(self._settings.validation, key=lambda one: one.seconds)[self._rank :: self._processes]
+    def _put_aside(self) -> None:
+        """Clears the device of it again."""
+        if self._served is not self._model:
+            self._served.to("cpu")
+
+    def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> Measured:
         self._whisper.model.eval()
-        counts = ErrorCounts()
-        # Of the largest share, so that all processes ask each other equally often.
-        share = -(-len(self._settings.validation) // self._processes)
-        for start in range(0, share, _VALIDATION_CHUNK):
-            if self._agree_to_stop():
-                raise _StopRequested
-            chunk = mine[start : start + _VALIDATION_CHUNK]
-            texts = recognizer.transcribe([read_samples(one) for one in chunk])
-            language = self._settings.language
-            counts = total(
-                [
-                    counts,
-                    *(
-                        count_errors(normalise(one.text, language), normalise(text, language))
-                        for one, text in zip(chunk, texts, strict=True)
-                    ),
-                ]
-            )
-            low, high = percent
-            self._tell("progress", percent=low + (high - low) * (start + len(chunk)) / share)
-        sums = torch.tensor([counts.errors, counts.words], dtype=torch.double, device=self._device)
-        if self._processes > 1:
-            torch.distributed.all_reduce(sums)
-        errors, words = sums.tolist()
-        if not words:
-            message = "the validation split has no words to count errors on; give the Dataset more transcribed audio"
-            raise InvalidInput("NoValidationWords", message)
-        return float(errors / words)
+        return self._validator.measure(recognizer, percent)
+
+    def _check_weights(self) -> None:
+        """Passes when every trained weight is a number; else nothing is kept of them, and what was kept stays.
+
+        A gradient that is none shows in the next step's loss, which the last one before a checkpoint does not have.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in trained_parameters(self._model).values()):
+            raise self._diverged(self._state.step)
 
     def _save_checkpoint(self) -> None:
-        """Writes weights, optimiser, random state, position and best adapters; complete once it is sealed."""
+        """Writes weights, optimiser, random state, position and best weights; complete once it is sealed."""
+        self._check_weights()
         state = self._state
         folder = self._settings.checkpoints / checkpoints.folder_name(state.step, state.epoch)
+        scaler = self._engine.torch_autocast_z0_gradscaler  # of fp16 alone; DeepSpeed does not save it
         random_states: list[Any] = [None] * self._processes
         mine = {"host": torch.get_rng_state()}
         if self._device.type == "cuda":
@@ -319,7 +432,7 @@ class Training:
         self._engine.save_checkpoint(
             str(folder / checkpoints.ENGINE_FOLDER),
             tag="state",
-            client_state={"random": random_states},
+            client_state={"random": random_states, "scaler": scaler.state_dict() if scaler else None},
             save_latest=False,
             exclude_frozen_parameters=True,
         )
@@ -349,6 +462,8 @@ class Training:
         )
         if path is None:
             raise RuntimeError("DeepSpeed did not take a checkpoint that had been verified")
+        if client.get("scaler"):
+            self._engine.torch_autocast_z0_gradscaler.load_state_dict(client["scaler"])
         mine = client["random"][self._rank]
         torch.set_rng_state(mine["host"])
         if self._device.type == "cuda" and "device" in mine:
@@ -359,33 +474,34 @@ class Training:
             shutil.copyfile(best, self._best)
 
     def _finish(self) -> None:
-        """Exports the best adapters, proves that the merged model computes the same, and says what came out."""
+        """Exports the best weights, proves that what was written computes the same, and says what came out."""
         if self._rank != 0:
             return
         self._tell_stage("Merging", percent=92)
-        adapters.load_adapter_state(self._model, self._best)
+        settings = self._settings
+        self._method.load(self._served.to(self._device), load_state(self._best))
         self._whisper.model.eval()
-        probe = min(self._settings.validation, key=lambda one: one.seconds)
+        probe = min(settings.validation, key=lambda one: one.seconds)
         before = self._probe(self._whisper, probe)
-        _, merged = adapters.export(
-            self._model, self._whisper, self._settings.output, base=self._settings.base, artifact=self._artifact
-        )
-        reloaded = load_whisper(merged, self._device)
-        difference = float((self._probe(reloaded, probe) - before).abs().max() / before.abs().max())
-        tolerance = _MERGE_TOLERANCE if reloaded_in_fp32(merged) else 10 * _MERGE_TOLERANCE
-        if difference > tolerance:
-            raise RuntimeError(f"the merged model differs from the adapted one by {difference:.2e} of the logits")
+        self._method.export(self._served, self._whisper, settings.output, base=settings.base, artifact=self._artifact)
+        written = settings.output / MODEL_FOLDER
+        difference = float((self._probe(load_whisper(written, self._device), probe) - before).abs().max())
+        tolerance = _MERGE_TOLERANCE if is_stored_in_fp32(written) else 10 * _MERGE_TOLERANCE
+        if difference > tolerance * float(before.abs().max()):
+            raise RuntimeError(f"the model that was written differs from the trained one by {difference:.2e} in logits")
         state = self._state
+        (settings.output / checkpoints.STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
         self._tell(
             "finished",
             wer=state.best_wer,
             baseline_wer=state.baseline_wer,
             steps=state.step,
-            epochs=float(state.epoch),
+            total_steps=self._epochs.steps,
+            epochs=self._epochs.done(state.step),
             training_seconds=state.training_seconds,
             audio_seconds_per_second=state.audio_seconds / max(state.step_seconds, 1e-9),
             stopped_early=state.stopped_early,
-            gpus=self._processes if self._device.type == "cuda" else 0,
+            gpus=self._gpus,
         )
 
     @torch.inference_mode()
@@ -404,13 +520,17 @@ class Training:
     def _stop_wanted(self) -> bool:
         return self._signalled or self._settings.stop_file.exists()
 
-    def _agree_to_stop(self) -> bool:
-        """Tells every process whether any was asked to end; all of them have to call this at the same point."""
-        if self._processes == 1:
-            return self._stop_wanted()
+    def _budget_spent(self) -> bool:
+        budget = self._settings.budget
+        return budget is not None and budget.is_spent(self._state.training_seconds, self._gpus)
+
+    def _raise_if_stopped(self) -> None:
+        """Ends every process once any was asked to end; all of them have to call this at the same point."""
         asked = torch.tensor(float(self._stop_wanted()), device=self._device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked > 0)
+        if self._processes > 1:
+            torch.distributed.all_reduce(asked)
+        if asked > 0:
+            raise _StopRequested
 
     def _tell_stage(self, stage: str, **fields: Any) -> None:
         self._tell("progress", stage=stage, **fields)
@@ -420,28 +540,11 @@ class Training:
             self._events.send(kind, **fields)
 
 
-def reloaded_in_fp32(folder: Path) -> bool:
-    """Tells whether a checkpoint was stored without rounding."""
-    return '"float32"' in (folder / "config.json").read_text(encoding="utf-8")
-
-
 def wait_for(file: Path, events: EventWriter) -> None:
     """Waits for the settings; ends with BrokenPipeError when the Job's process is gone."""
     while not file.exists():
         events.send("waiting")
         time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _distributed() -> Iterator[None]:
-    # Shared-memory reductions are an extension that DeepSpeed compiles on first use; the image has no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
-    try:
-        yield
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def main(arguments: list[str]) -> int:
@@ -455,7 +558,7 @@ def main(arguments: list[str]) -> int:
         wait_for(settings_file, events)
         settings = TrainingSettings.model_validate_json(settings_file.read_bytes())
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        with _distributed():
+        with distributed():
             Training(settings, events).run()
     except _StopRequested:
         events.send("stopped")
