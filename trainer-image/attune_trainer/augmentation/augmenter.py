@@ -114,14 +114,14 @@ class Augmenter:
 
     def _draw_room(self, rt60_seconds: tuple[float, float], draw: Generator) -> Audio:
         if self._rooms:
-            response: Audio = soundfile.read(self._rooms[draw.integers(len(self._rooms))], dtype="float32")[0]
+            response: Audio = soundfile.read(self._rooms[int(draw.integers(len(self._rooms)))], dtype="float32")[0]
             return response
         return effects.simulate_room(draw.uniform(*rt60_seconds), draw.uniform(*_DIRECT_DB), draw)
 
     def _draw_noise(self, kinds: Sequence[NoiseKind], position: int, length: int, draw: Generator) -> Audio:
         chosen = int(draw.integers(len(kinds) + bool(self._noises)))
         if chosen == len(kinds):
-            return _read_excerpt(self._noises[draw.integers(len(self._noises))], length, draw)
+            return _read_excerpt(self._noises[int(draw.integers(len(self._noises)))], length, draw)
         if kinds[chosen] is not NoiseKind.BABBLE:
             return effects.make_noise(kinds[chosen], length, draw)
         others = len(self.seconds) - 1
