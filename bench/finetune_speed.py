@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +69,11 @@ def prepare_splits(prompts: Path, folder: Path) -> Splits:
     return splits
 
 
-def tune_with_attune(
-    base: Path,
-    splits: Splits,
-    folder: Path,
-    epochs: int,
-    *,
-    method: Method = Method.LORA,
-    lora: Lora = LORA,
-    learning_rate: float = LEARNING_RATE,
-    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> tuple[Path, float]:
+def tune_with_attune(base: Path, splits: Splits, folder: Path, epochs: int) -> tuple[Path, float]:
     """Tunes as a FineTune's Job does; gives the merged model and audio-seconds per second."""
     outcome: dict[str, Any] = {}
 
     def follow(event: dict[str, Any]) -> None:
-        on_event(event)
         if event["kind"] == "progress" and event.get("epoch") is not None and event["step"] % 10 == 0:
             say(f"Attune: step {event['step']} of {event['total_steps']}, loss {event['metrics']['loss']:.2f}")
         elif event["kind"] == "finished":
@@ -100,10 +88,10 @@ def tune_with_attune(
                 language="en",
                 train=tuple(splits[Split.TRAIN]),
                 validation=tuple(splits[Split.VALIDATION]),
-                method=method,
-                lora=lora,
+                method=Method.LORA,
+                lora=LORA,
                 hyperparameters=Hyperparameters(
-                    learning_rate=str(learning_rate),
+                    learning_rate=str(LEARNING_RATE),
                     epochs=epochs,
                     weight_decay=str(WEIGHT_DECAY),
                     warmup_ratio=str(WARMUP_RATIO),
