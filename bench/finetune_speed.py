@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,6 @@ def tune_with_attune(
     outcome: dict[str, Any] = {}
 
     def follow(event: dict[str, Any]) -> None:
-        on_event(event)
         if event["kind"] == "progress" and event.get("epoch") is not None and event["step"] % 10 == 0:
             say(f"Attune: step {event['step']} of {event['total_steps']}, loss {event['metrics']['loss']:.2f}")
         elif event["kind"] == "finished":
