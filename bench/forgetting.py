@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import soundfile
 from attune.contract.training import Checkpointing, Distributed, Ewc, Hyperparameters, Lora, Padding
+from attune_trainer.data.dataset import SAMPLE_RATE
 from attune_trainer.training.launch import TrainingProcesses
 from attune_trainer.training.mixture import Mixture
 from attune_trainer.training.settings import Keeping, TrainingSettings, TrainingUtterance
@@ -92,8 +93,8 @@ def make_domain(utterances: Sequence[mini_model.Utterance], folder: Path, part: 
     written = []
     for number, one in enumerate(utterances):
         file = folder / f"{number}.wav"
-        soundfile.write(file, one.audio, mini_model.SAMPLE_RATE, subtype="PCM_16")
-        seconds = len(one.audio) / mini_model.SAMPLE_RATE
+        soundfile.write(file, one.audio, SAMPLE_RATE, subtype="PCM_16")
+        seconds = len(one.audio) / SAMPLE_RATE
         written.append(TrainingUtterance(audio=file, text=one.text, seconds=seconds, part=part))
     train, validation = UTTERANCES["train"], UTTERANCES["validation"]
     return Domain(
