@@ -31,7 +31,7 @@ RATIO: Final = 0.25
 LAMBDA: Final = "100"
 SEED: Final = 7
 FIRST: Final = Hyperparameters(learning_rate="3e-3", epochs=6, seed=SEED)
-NEXT: Final = Hyperparameters(learning_rate="5e-3", epochs=12, seed=SEED)
+NEXT: Final = Hyperparameters(learning_rate="3e-3", epochs=14, seed=SEED)
 SAMPLES: Final = 200
 VOICES: Final = tuple(
     mini_model.Voice(f"next-{number}", voice, pitch, speed)
