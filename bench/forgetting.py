@@ -28,7 +28,7 @@ from tests.assets import mini_model
 
 TARGET_RATIO: Final = 1.5
 RATIO: Final = 0.25
-LAMBDA: Final = "100"
+LAMBDA: Final = "3"
 SEED: Final = 7
 FIRST: Final = Hyperparameters(learning_rate="3e-3", epochs=6, seed=SEED)
 NEXT: Final = Hyperparameters(learning_rate="3e-3", epochs=14, seed=SEED)

@@ -73,8 +73,9 @@ class RetentionSpec(SpecModel):
     ewc: EwcSpec | None = Field(
         default=None,
         description=(
-            "Elastic weight consolidation: penalises changes of what the old domain depends on. Alone it keeps much less "
-            "than replay does, and a large lambda keeps the new domain from being learned; measure before you rely on it."
+            "Elastic weight consolidation: penalises changes of what the old domain depends on. Alone it keeps much "
+            "less than replay does, and a large lambda keeps the new domain from being learned; beside replay, begin "
+            "with 3."
         ),
     )
 
