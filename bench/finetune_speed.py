@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +69,7 @@ def prepare_splits(prompts: Path, folder: Path) -> Splits:
     return splits
 
 
-def tune_with_attune(
-    base: Path,
-    splits: Splits,
-    folder: Path,
-    epochs: int,
-    *,
-    learning_rate: float = LEARNING_RATE,
-    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
-    **changes: Any,
-) -> tuple[Path, float]:
+def tune_with_attune(base: Path, splits: Splits, folder: Path, epochs: int, **changes: Any) -> tuple[Path, float]:
     """Tunes as a FineTune's Job does, with changes of its settings; gives the merged model and its speed.
 
     Speed is audio-seconds per second.
@@ -87,7 +77,6 @@ def tune_with_attune(
     outcome: dict[str, Any] = {}
 
     def follow(event: dict[str, Any]) -> None:
-        on_event(event)
         if event["kind"] == "progress" and event.get("epoch") is not None and event["step"] % 10 == 0:
             say(f"Attune: step {event['step']} of {event['total_steps']}, loss {event['metrics']['loss']:.2f}")
         elif event["kind"] == "finished":
@@ -104,7 +93,7 @@ def tune_with_attune(
             method=Method.LORA,
             lora=LORA,
             hyperparameters=Hyperparameters(
-                learning_rate=str(learning_rate),
+                learning_rate=str(LEARNING_RATE),
                 epochs=epochs,
                 weight_decay=str(WEIGHT_DECAY),
                 warmup_ratio=str(WARMUP_RATIO),

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import soundfile
 from attune.contract.training import Checkpointing, Distributed, Ewc, Hyperparameters, Lora, Method, Padding
-from attune_trainer.modeling.whisper import SAMPLE_RATE
+from attune_trainer.data.dataset import SAMPLE_RATE
 from attune_trainer.training.launch import TrainingProcesses
 from attune_trainer.training.mixture import Mixture
 from attune_trainer.training.settings import Keeping, TrainingSettings, TrainingUtterance
@@ -28,10 +28,10 @@ from tests.assets import mini_model
 
 TARGET_RATIO: Final = 1.5
 RATIO: Final = 0.25
-LAMBDA: Final = "100"
+LAMBDA: Final = "3"
 SEED: Final = 7
 FIRST: Final = Hyperparameters(learning_rate="3e-3", epochs=6, seed=SEED)
-NEXT: Final = Hyperparameters(learning_rate="5e-3", epochs=12, seed=SEED)
+NEXT: Final = Hyperparameters(learning_rate="3e-3", epochs=14, seed=SEED)
 SAMPLES: Final = 200
 VOICES: Final = tuple(
     mini_model.Voice(f"next-{number}", voice, pitch, speed)

@@ -110,7 +110,7 @@ class ReplaySpec(Replay):
 
 
 class EwcSpec(Ewc):
-    """Holds on to the weights that an old domain depends on. It supports replay and is no substitute for it."""
+    """Holds on to the weights that an old domain depends on: no substitute for replay, beside which it may help."""
 
     dataset_ref: LocalRef | None = Field(
         default=None, description="The Dataset of the old domain; replay's where both are given."
@@ -131,7 +131,14 @@ class RetentionSpec(SpecModel):
     )
 
     replay: ReplaySpec | None = Field(default=None, description="Trains on audio of the old domain as well.")
-    ewc: EwcSpec | None = Field(default=None, description="Elastic weight consolidation.")
+    ewc: EwcSpec | None = Field(
+        default=None,
+        description=(
+            "Elastic weight consolidation: penalises changes of what the old domain depends on. Alone it keeps much "
+            "less than replay does, and a large lambda keeps the new domain from being learned; beside replay, begin "
+            "with 3."
+        ),
+    )
 
     @property
     def dataset_ref(self) -> LocalRef | None:
