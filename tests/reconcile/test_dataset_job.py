@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from attune.adapters.cluster import CONFIG_MAP, CUSTOM, EVENT, JOB, Cluster
 from attune.api import Dataset
-from attune.contract.exitcode import KILLED, ExitCode
+from attune.contract.exitcode import ExitCode
 from attune.contract.job import JobSpec
 from attune.contract.result import Failure, Summary
 from attune.domain.dataset import build_prepare_job
@@ -172,23 +172,6 @@ def test_failed_job_is_stalled_with_the_recipes_reason(
     namespace.apply("Dataset", "calls", {**DATASET, "resources": {"limits": {"memory": "2Gi"}}})
     second = namespace.wait_job("calls", without=job["metadata"]["name"])
     namespace.finish(second, Summary(result=PREPARED))
-    namespace.wait_reason("Dataset", "calls", "Prepared")
-
-
-def test_evictions_and_requests_to_stop_cost_no_retry(namespace: Namespace, operator: OperatorProcess) -> None:
-    namespace.apply("Dataset", "calls", DATASET)
-    job = namespace.wait_job("calls")
-    # One of each: the Job controller waits twice as long before each next pod. A retry would be counted as failed.
-    namespace.end(job, ExitCode.TERMINATED)
-    pod = namespace.wait_pod(job)
-    evicted = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
-    namespace.say(pod, {"conditions": [evicted]})
-    namespace.end(job, KILLED)
-    namespace.wait_pod(job)
-    found = namespace.wait_job("calls")
-    assert found["metadata"]["uid"] == job["metadata"]["uid"]
-    assert not found["status"].get("failed")
-    namespace.finish(job, Summary(result=PREPARED))
     namespace.wait_reason("Dataset", "calls", "Prepared")
 
 
