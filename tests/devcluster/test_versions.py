@@ -12,7 +12,7 @@ MODULES = {
     "containerd": "github.com/containerd/containerd/v2",
     "coredns": "github.com/coredns/coredns",
     "versitygw": "github.com/versity/versitygw",
-    "helm": "helm.sh/helm/v3",
+    "helm": "helm.sh/helm/v4",
 }
 
 
