@@ -19,10 +19,6 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("up", help="start the cluster, or make sure that it runs")
     start.add_argument("--control-plane", action="store_true", help="only etcd, the API server and the controllers")
-    start.add_argument(
-        "--defer-monitoring", action="store_true", help="leave Prometheus to `monitoring`, if it must be compiled"
-    )
-    commands.add_parser("monitoring", help="add what `up --defer-monitoring` left out")
     stop = commands.add_parser("down", help="stop the cluster and remove every trace of it")
     stop.add_argument("--control-plane", action="store_true", help="the one that `up --control-plane` started")
     commands.add_parser("status", help="what runs")
@@ -44,10 +40,10 @@ def main() -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
+        case "up" if arguments.control_plane:
+            say(f"KUBECONFIG={controlplane.start()}")
         case "up":
-            _start(arguments)
-        case "monitoring":
-            up.monitoring()
+            up.up()
         case "down" if arguments.control_plane:
             controlplane.stop()
         case "down":
@@ -65,13 +61,6 @@ def _run(arguments: argparse.Namespace) -> int:
         case "env":
             say(up.environment())
     return 0
-
-
-def _start(arguments: argparse.Namespace) -> None:
-    if arguments.control_plane:
-        say(f"KUBECONFIG={controlplane.start()}")
-    else:
-        up.up(defer_monitoring=arguments.defer_monitoring)
 
 
 if __name__ == "__main__":

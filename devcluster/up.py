@@ -21,8 +21,7 @@ TOOLS = ("kubectl", "helm")
 ROLLOUT_SECONDS = 300
 # A node starts with the first; the others are provided while it does.
 FIRST_PROGRAMS = (*node.PROGRAMS, "pause", "coredns")
-OTHER_PROGRAMS = ("versitygw", "helm")
-MONITORING_PROGRAMS = ("prometheus",)
+OTHER_PROGRAMS = ("versitygw", "prometheus", "helm")
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,12 @@ def kind_obstacles() -> list[str]:
     return missing
 
 
-def up(*, defer_monitoring: bool = False) -> None:
-    """Make sure that the cluster runs, with the platform and Attune's images in it.
-
-    With `defer_monitoring` a node comes up without Prometheus where that has yet to be compiled; `monitoring` adds it.
-    """
+def up() -> None:
+    """Make sure that the cluster runs, with the platform and Attune's images in it."""
     began = time.monotonic()
     choice = choose()
     say(f"cluster: {choice.kind} ({choice.reason})")
-    match choice.kind:
-        case "current":
-            _up_current()
-        case "kind":
-            _up_kind()
-        case _:
-            _up_node(with_monitoring=not defer_monitoring or binaries.find(MONITORING_PROGRAMS[0]).exists())
+    {"current": _up_current, "kind": _up_kind, "node": _up_node}[choice.kind]()
     _note_choice(choice.kind)
     say(f'up after {seconds(time.monotonic() - began)}; to use it: eval "$(python3 -m devcluster env)"')
 
@@ -129,19 +119,7 @@ def _up_kind() -> None:
     apply_platform(Kubectl(kubeconfig))
 
 
-def monitoring() -> None:
-    """Add to a node what `up` has deferred; nothing where it is there."""
-    if _noted_choice() != "node":
-        return
-    current = Node.default()
-    binaries.ensure(MONITORING_PROGRAMS)
-    images.load_built(current, images.prometheus, "Prometheus")
-    if not current.kubectl("get", "deployment/prometheus", "-n", "monitoring", "--ignore-not-found", "-o", "name"):
-        apply_platform(current.kubectl)
-    _wait_rollouts(current.kubectl, {"monitoring": "prometheus"})
-
-
-def _up_node(*, with_monitoring: bool) -> None:
+def _up_node() -> None:
     ensure_packages()
     current = Node.default()
     # Compiling keeps the processors busy, images the network and the disk: side by side they take little longer.
@@ -150,9 +128,8 @@ def _up_node(*, with_monitoring: bool) -> None:
         built = pool.submit(lambda: [images.build_for_node(recipe) for recipe in images.recipes(())])
         downloads = pool.submit(lambda: (artifacts.traefik(), artifacts.gateway_api()))
         programs.result()
-        others = [*OTHER_PROGRAMS, *(MONITORING_PROGRAMS if with_monitoring else ())]
         # Side by side: each has a large package or two that one processor compiles while the other would wait.
-        rest = [pool.submit(binaries.ensure, [name]) for name in others]
+        rest = [pool.submit(binaries.ensure, [name]) for name in OTHER_PROGRAMS]
         current.start()
         images.load_built(current, images.pause, "pause")
         images.load_built(current, images.coredns, "CoreDNS")
@@ -165,9 +142,8 @@ def _up_node(*, with_monitoring: bool) -> None:
         for other in rest:
             other.result()
         images.load_built(current, images.versitygw, "versitygw")
-        if with_monitoring:
-            images.load_built(current, images.prometheus, "Prometheus")
-    apply_platform(current.kubectl, with_monitoring=with_monitoring)
+        images.load_built(current, images.prometheus, "Prometheus")
+    apply_platform(current.kubectl)
     _wait_rollouts(current.kubectl, {"kube-system": "coredns"})
 
 
@@ -175,7 +151,7 @@ def prefetch(*, with_images: bool) -> None:
     """Provide the programs that a node will need, and its images, where it is to be a node."""
     if choose().kind != "node":
         return
-    binaries.ensure([*FIRST_PROGRAMS, *OTHER_PROGRAMS, *MONITORING_PROGRAMS])
+    binaries.ensure([*FIRST_PROGRAMS, *OTHER_PROGRAMS])
     if with_images:
         ensure_packages()
         for recipe in images.recipes(()):
@@ -202,17 +178,13 @@ def ensure_packages() -> None:
         )
 
 
-def apply_platform(kubectl: Kubectl, *, with_monitoring: bool = True) -> None:
+def apply_platform(kubectl: Kubectl) -> None:
     """Apply the Gateway API's CRDs and examples/platform, and wait until its parts answer."""
-    selected = () if with_monitoring else ("--selector", "app!=prometheus")
-    rollouts = {"storage": "s3", "gateway": "traefik"}
-    if with_monitoring:
-        rollouts["monitoring"] = "prometheus"
     with step("applying examples/platform"):
         kubectl("apply", "--server-side", "--force-conflicts", "-f", str(artifacts.gateway_api()))
         kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/httproutes.gateway.networking.k8s.io")
-        kubectl("apply", "--server-side", "--force-conflicts", *selected, "-k", str(paths.PLATFORM_MANIFESTS))
-    _wait_rollouts(kubectl, rollouts)
+        kubectl("apply", "--server-side", "--force-conflicts", "-k", str(paths.PLATFORM_MANIFESTS))
+    _wait_rollouts(kubectl, {"storage": "s3", "monitoring": "prometheus", "gateway": "traefik"})
 
 
 def _wait_rollouts(kubectl: Kubectl, deployments: dict[str, str]) -> None:

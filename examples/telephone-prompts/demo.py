@@ -279,42 +279,15 @@ def show(record: Record) -> None:
         print(f"ordinary traffic: {record.traffic['requests']} requests, {record.traffic['failures']} failed")
 
 
-@contextmanager
-def monitoring(log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Adds Prometheus in the background where it has yet to be compiled: nothing needs it before a rollout."""
-    with log.open("w") as output:
-        command = ["nice", "-n", "19", sys.executable, "-m", "devcluster", "monitoring"]
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait()
-
-
 def play(record: Record, options: argparse.Namespace) -> None:
     """Runs all the stages."""
     thread, assets = start_assets()
     with record.stage("cluster, platform, images", shows=False):
         if not options.skip_up:
-            command = [sys.executable, "-m", "devcluster", "up", "--defer-monitoring"]
-            done = subprocess.run(command, cwd=REPOSITORY, check=False)
+            done = subprocess.run([sys.executable, "-m", "devcluster", "up"], cwd=REPOSITORY, check=False)
             if done.returncode != 0:
                 raise ClusterError("the cluster did not come up; see above")
         load_cluster_environment()
-    log = options.record.with_suffix(".monitoring.log")
-    with ExitStack() as stack:
-        completing = None if options.skip_up else stack.enter_context(monitoring(log))
-        tuned = tune(record, options, thread, assets)
-        with record.stage("Canary serves base"):
-            if completing is not None and completing.wait() != 0:
-                raise ClusterError(f"Prometheus did not come up: {log.read_text()[-2000:]}")
-            wait("canary", "prod-voice", NAMESPACE, until=is_true("Ready"), describe=describe_rollout, seconds=300)
-    release(record, options, assets, tuned)
-
-
-def tune(record: Record, options: argparse.Namespace, thread: threading.Thread, assets: dict[str, Any]) -> Resource:
-    """Runs the stages up to a tuned model that is worth promoting."""
     with record.stage("operator", shows=False):
         install_operator(options.values.resolve())
     with record.stage("data and base model", shows=False), ExitStack() as stack:
@@ -356,11 +329,8 @@ def tune(record: Record, options: argparse.Namespace, thread: threading.Thread, 
         row.wer = f"validation {percent(metrics['baselineWer'])} -> {percent(metrics['wer'])}"
         row.verdict = tuned["status"]["modelId"]
     evaluate(record, "telephone-prompts-tuned", "Evaluation base : tuned", "40-evaluation-tuned.yaml", "Promote")
-    return tuned
-
-
-def release(record: Record, options: argparse.Namespace, assets: dict[str, Any], tuned: Resource) -> None:
-    """Rolls the tuned model out, and a bad one after it."""
+    with record.stage("Canary serves base"):
+        wait("canary", "prod-voice", NAMESPACE, until=is_true("Ready"), describe=describe_rollout, seconds=300)
     with ordinary_traffic(record, assets["make_data.py"] / "audio", options.record.with_suffix(".traffic.json")):
         roll_out(
             record,
