@@ -11,6 +11,25 @@ from attune_trainer.modeling.greedy import DecoderDecoding, decode_greedily, tok
 from attune_trainer.modeling.speech_model import IGNORED, SpeechModel, TokenBatch
 
 
+def write_behind(prompt: Sequence[int], transcripts: Sequence[Sequence[int]], end: int) -> TokenBatch:
+    """Puts transcripts side by side, each behind the same prompt.
+
+    The decoder reads prompt and transcript, and is to say transcript and end; what it says while it reads the prompt is
+    given to it in serving, so that counts for nothing. Padding is told by length alone: the token that pads may be the
+    one that ends a transcript.
+    """
+    width = len(prompt) + max(len(ids) for ids in transcripts)
+    inputs = torch.full((len(transcripts), width), end, dtype=torch.long)
+    targets = torch.full((len(transcripts), width), IGNORED, dtype=torch.long)
+    first = len(prompt) - 1
+    for row, ids in enumerate(transcripts):
+        read = [*prompt, *ids]
+        said = [*ids, end]
+        inputs[row, : len(read)] = torch.tensor(read)
+        targets[row, first : first + len(said)] = torch.tensor(said)
+    return TokenBatch(inputs, targets)
+
+
 class Seq2Seq(SpeechModel):
     """An encoder and a decoder, as transformers' ForConditionalGeneration has them: model.encoder, model.decoder."""
 
@@ -58,23 +77,8 @@ class Seq2Seq(SpeechModel):
         return f"have transcripts longer than its {self.positions} tokens"
 
     def write(self, transcripts: Sequence[Sequence[int]], language: str | None) -> TokenBatch:
-        """Puts transcripts side by side.
-
-        The decoder reads prompt and transcript, and is to say transcript and end; what it says while it reads the
-        prompt is given to it in serving, so that counts for nothing. Padding is told by length alone: the token that
-        pads may be the one that ends a transcript.
-        """
-        prompt = self.prompt_of(language)
-        width = len(prompt) + max(len(ids) for ids in transcripts)
-        inputs = torch.full((len(transcripts), width), self.end, dtype=torch.long)
-        targets = torch.full((len(transcripts), width), IGNORED, dtype=torch.long)
-        first = len(prompt) - 1
-        for row, ids in enumerate(transcripts):
-            read = [*prompt, *ids]
-            said = [*ids, self.end]
-            inputs[row, : len(read)] = torch.tensor(read)
-            targets[row, first : first + len(said)] = torch.tensor(said)
-        return TokenBatch(inputs, targets)
+        """Puts transcripts side by side, each behind the prompt."""
+        return write_behind(self.prompt_of(language), transcripts, self.end)
 
     def loss(self, features: Tensor, inputs: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
         """Gives the cross entropy of the transcripts, averaged over their tokens."""

@@ -239,6 +239,9 @@ def load_network(
             f"{files} as save_pretrained writes them"
         )
         raise InvalidInput("InvalidModelFile", message) from error
+    for name in report["missing_keys"]:
+        if name.rpartition(".")[2] in optional:
+            network.get_parameter(name).data.zero_()  # what is written must not depend on chance
     missing = sorted(name for name in report["missing_keys"] if name.rpartition(".")[2] not in optional)
     if missing:
         message = f"the weights of the model lack {len(missing)} tensors, the first is {missing[0]}; upload it again"

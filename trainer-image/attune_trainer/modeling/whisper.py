@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
@@ -50,7 +49,6 @@ class SlicedWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden))
 
 
-@dataclass(frozen=True)
 class Whisper(Seq2Seq):
     """A loaded Whisper."""
 
