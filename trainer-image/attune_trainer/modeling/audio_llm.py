@@ -329,7 +329,7 @@ class Qwen3Asr(AudioLlm):
 
     def languages(self) -> Collection[str]:
         """Gives the ISO codes of the languages that the model can be told."""
-        return LANGUAGE_CODE_TO_NAME
+        return tuple(LANGUAGE_CODE_TO_NAME)
 
     def conversation(self, language: str | None) -> tuple[list[dict[str, Any]], dict[str, bool]]:
         """Gives a turn of the user's, which is the clip, and the begin of the answer, which names the language."""

@@ -18,6 +18,7 @@ from transformers import (
     Wav2Vec2ForCTC,
     WavLMForCTC,
 )
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from attune_trainer.failures import InvalidInput
 from attune_trainer.modeling.convolutions import Kernels, convolved_length, shortest_input
@@ -269,11 +270,38 @@ class Hubert(Wav2Vec2):
     network_class: ClassVar[Any] = HubertForCTC
 
 
+class MaskedWavLMAttention(WavLMAttention):  # type: ignore[misc]
+    """WavLM's attention, with padding told in the mask that it has already: torch is to give up taking two kinds."""
+
+    def torch_multi_head_self_attention(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attends to positions that are no padding.
+
+        Args:
+            hidden_states: shape (clips, positions, units).
+            attention_mask: True where a position is no padding, shape (clips, positions).
+            gated_position_bias: added to the scores, shape (clips x heads, positions, positions).
+        """
+        if attention_mask is not None:
+            padding = ~attention_mask.repeat_interleave(self.num_heads, dim=0)[:, None]
+            gated_position_bias = gated_position_bias.masked_fill(padding, -torch.inf)
+        found: tuple[Tensor, Tensor] = super().torch_multi_head_self_attention(hidden_states, None, gated_position_bias)
+        return found
+
+
 class WavLM(Wav2Vec2):
     """WavLM (arXiv 2110.13900)."""
 
     architectures: ClassVar[Mapping[str, str]] = {"WavLMForCTC": "wavlm"}
     network_class: ClassVar[Any] = WavLMForCTC
+
+    @classmethod
+    def _prepare(cls, network: Any) -> None:
+        super()._prepare(network)
+        for module in network.modules():
+            if isinstance(module, WavLMAttention):
+                module.__class__ = MaskedWavLMAttention
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
@@ -332,7 +360,8 @@ class Parakeet(Ctc):
         return logits.float()
 
     def _mel_frames(self, lengths: Tensor) -> Tensor:
-        return lengths.clamp(min=_SHORTEST_PARAKEET) // self.extractor.hop_length
+        frames: Tensor = lengths.clamp(min=_SHORTEST_PARAKEET) // self.extractor.hop_length
+        return frames
 
 
 def _fill_up(clip: Audio) -> Audio:

@@ -8,12 +8,22 @@ from typing import Final
 import torch
 
 from attune_trainer.failures import InvalidInput, UnsupportedModel
+from attune_trainer.modeling.audio_llm import Qwen2Audio, Qwen3Asr
 from attune_trainer.modeling.ctc import Hubert, Parakeet, Wav2Vec2, WavLM
 from attune_trainer.modeling.moonshine import Moonshine
 from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.modeling.whisper import Whisper
 
-FAMILIES: Final[tuple[type[SpeechModel], ...]] = (Whisper, Moonshine, Wav2Vec2, Hubert, WavLM, Parakeet)
+FAMILIES: Final[tuple[type[SpeechModel], ...]] = (
+    Whisper,
+    Moonshine,
+    Wav2Vec2,
+    Hubert,
+    WavLM,
+    Parakeet,
+    Qwen2Audio,
+    Qwen3Asr,
+)
 ARCHITECTURES: Final[Mapping[str, type[SpeechModel]]] = {
     name: family for family in FAMILIES for name in family.architectures
 }

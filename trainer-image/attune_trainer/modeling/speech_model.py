@@ -262,8 +262,8 @@ def check_sampling_rate(extractor: Any) -> None:
     """
     if extractor.sampling_rate != SAMPLE_RATE:
         message = (
-            f"preprocessor_config.json asks for {extractor.sampling_rate} Hz, the audio has {SAMPLE_RATE} Hz; choose a "
-            f"base model of {SAMPLE_RATE} Hz, or correct the file where it is wrong"
+            f"the feature extractor asks for {extractor.sampling_rate} Hz, the audio has {SAMPLE_RATE} Hz; choose a "
+            f"base model of {SAMPLE_RATE} Hz"
         )
         raise InvalidInput("SampleRateMismatch", message)
 
