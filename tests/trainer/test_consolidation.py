@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from attune.contract.training import Lora
+from attune_trainer.modeling.speech_model import TokenBatch
 from attune_trainer.modeling.whisper import Whisper, load_whisper
 from attune_trainer.training.adapters import Adapters, linear_layers
 from attune_trainer.training.consolidation import Consolidation, Importance
@@ -14,7 +15,7 @@ from attune_trainer.training.full import AllWeights
 from attune_trainer.training.methods import TrainingMethod
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.quantised import QuantisedAdapters
-from attune_trainer.training.transcripts import TokenBatch, TranscriptEncoder
+from attune_trainer.training.transcripts import TranscriptEncoder
 from attune_trainer.training.weights import trained_parameters
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -35,11 +36,11 @@ def whisper(tiny: Path) -> Whisper:
     return load_whisper(tiny)
 
 
-def make_batch(whisper: Whisper, *texts: str) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(whisper: Whisper, *texts: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     encoder = TranscriptEncoder(whisper, "en")
     tokens: TokenBatch = encoder.batch([encoder.encode(text) or [] for text in texts])
     clips = [np.random.default_rng(len(text)).standard_normal(16000).astype(np.float32) for text in texts]
-    return whisper.features(clips, 2.0), tokens.inputs, tokens.targets
+    return whisper.features(clips, 2.0), tokens.inputs, tokens.targets, whisper.lengths(clips, 2.0)
 
 
 def listen(

@@ -32,6 +32,7 @@ from attune_trainer.failures import InvalidInput, OutOfMemory, RecipeFailure, St
 from attune_trainer.job import RecipeContext
 from attune_trainer.modeling import load_recognizer
 from attune_trainer.modeling.buckets import BUCKETS
+from attune_trainer.modeling.speech_model import IGNORED, TokenBatch
 from attune_trainer.modeling.whisper import Whisper, load_whisper
 from attune_trainer.recipes import finetune
 from attune_trainer.store import Store, digest_directory
@@ -52,7 +53,7 @@ from attune_trainer.training.quantised import QuantisedAdapters
 from attune_trainer.training.schedule import learning_rate_factor
 from attune_trainer.training.selection import judge_epoch
 from attune_trainer.training.settings import ADAPTER_FOLDER, MODEL_FOLDER, TrainingSettings, TrainingUtterance
-from attune_trainer.training.transcripts import IGNORED, TokenBatch, TranscriptEncoder, select_usable
+from attune_trainer.training.transcripts import TranscriptEncoder, select_usable
 from attune_trainer.training.weights import trained_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -229,7 +230,8 @@ class TestLoss:
         original = WhisperForConditionalGeneration.from_pretrained(tiny).eval()
         with torch.inference_mode():
             expected = original(input_features=features, decoder_input_ids=tokens.inputs, labels=tokens.targets).loss
-            found = TranscriptionLoss(whisper.model, whisper)(features, tokens.inputs, tokens.targets)
+            lengths = whisper.lengths(clips, whisper.window_seconds)
+            found = TranscriptionLoss(whisper.model, whisper)(features, tokens.inputs, tokens.targets, lengths)
         torch.testing.assert_close(found, expected)
 
 
@@ -454,7 +456,7 @@ def make_settings(**changes: Any) -> TrainingSettings:
 class TestMemory:
     def batch(self, utterances: int, bucket: float) -> TrainingBatch:
         none = torch.zeros(utterances, 1, dtype=torch.long)
-        return TrainingBatch(torch.zeros(utterances, 80, 10), TokenBatch(none, none), bucket)
+        return TrainingBatch(torch.zeros(utterances, 80, 10), TokenBatch(none, none), none[:, 0], bucket)
 
     @pytest.mark.parametrize(
         ("utterances", "bucket", "changes", "says"),

@@ -248,7 +248,10 @@ class FineTuneSpec(QueueableSpec):
     )
     padding: Padding = Field(
         default=Padding.BUCKETS,
-        description="How audio is padded in training and, later, in serving: Buckets (fast) or Window.",
+        description=(
+            "How audio is padded in training and, later, in serving: Buckets (fast) or Window. Of a model that is told "
+            "what is padding, it is always Buckets."
+        ),
         json_schema_extra=cel(IMMUTABLE),
     )
     early_stopping: EarlyStopping | None = Field(

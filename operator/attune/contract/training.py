@@ -48,7 +48,7 @@ class Padding(StrEnum):
 
     Window pads every clip to the model's full window (30 s for Whisper), which is what a pretrained Whisper expects.
     Buckets slices the encoder to the next length bucket: several times faster, and only right for a model that was
-    tuned that way.
+    tuned that way. Models that are told what is padding hear the same either way, and get buckets.
     """
 
     WINDOW = "Window"
@@ -76,8 +76,8 @@ class Lora(ContractModel):
     target_modules: Annotated[list[LayerName], Field(min_length=1, max_length=16)] | None = Field(
         default=None,
         description=(
-            "Names of the layers that get adapters, in every block; all linear layers where absent. Of a Whisper: "
-            "q_proj, k_proj, v_proj, out_proj, fc1, fc2."
+            "Names of the layers that get adapters, in every block; all linear layers where absent, of an audio-LLM "
+            "those of the language model. Of a Whisper: q_proj, k_proj, v_proj, out_proj, fc1, fc2."
         ),
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )

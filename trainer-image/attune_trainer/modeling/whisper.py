@@ -1,34 +1,28 @@
 """Whisper whose encoder takes audio shorter than its window, and what it is prompted with."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils.logging import disable_progress_bar
 
-from attune_trainer.failures import InvalidInput, RecipeFailure, UnsupportedModel, is_out_of_memory
+from attune_trainer.modeling.seq2seq import Seq2Seq
+from attune_trainer.modeling.speech_model import (
+    SAMPLE_RATE,
+    Audio,
+    check_mels,
+    check_sampling_rate,
+    load_network,
+    load_tokenizer,
+)
 
-# Bars drawn over themselves are noise in a Job's log.
-disable_progress_bar()
+__all__ = ["LINEAR_LAYERS", "SAMPLE_RATE", "SlicedWhisperEncoder", "Whisper", "load_whisper"]
 
-SAMPLE_RATE: Final = 16000  # Hz
-ARCHITECTURES: Final = ("WhisperForConditionalGeneration",)
 # The linear layers of every block in encoder and decoder.
 LINEAR_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -55,34 +49,37 @@ class SlicedWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden))
 
 
-@dataclass(frozen=True)
-class Whisper:
-    """A loaded Whisper with everything that belongs to it.
+class Whisper(Seq2Seq):
+    """A loaded Whisper."""
 
-    Attributes:
-        model: the network, in evaluation mode.
-        tokenizer: text to token ids and back.
-        extractor: samples to log-mel features.
-    """
+    architectures: ClassVar[Mapping[str, str]] = {"WhisperForConditionalGeneration": "whisper"}
+    hears_padding: ClassVar[bool] = True
 
-    model: WhisperForConditionalGeneration
-    tokenizer: PreTrainedTokenizerBase
-    extractor: WhisperFeatureExtractor
-
-    @property
-    def config(self) -> WhisperConfig:
-        """The network's shape."""
-        return self.model.config
-
-    @property
-    def generation(self) -> GenerationConfig:
-        """Token ids that steer decoding."""
-        return self.model.generation_config
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Loads a Whisper from a folder of safetensors."""
+        network, tokenizer, extractor = load_network(
+            WhisperForConditionalGeneration,
+            folder,
+            dtype,
+            lambda config: (load_tokenizer(folder), _load_extractor(folder, config)),
+            files="tokenizer.json and generation_config.json",
+        )
+        # The encoders differ in their forward alone; the outer class stays transformers' own, whose name is saved.
+        network.model.encoder.__class__ = SlicedWhisperEncoder
+        # Sinusoids, which are no weights: short clips would bend only the first of them.
+        network.model.encoder.embed_positions.requires_grad_(False)  # noqa: FBT003 (torch's own)
+        return cls(model=network.to(device).eval(), tokenizer=tokenizer, extractor=extractor)
 
     @property
     def window_seconds(self) -> float:
         """The longest audio that one pass takes: 30 for OpenAI's models."""
         return float(2 * self.config.max_source_positions * self.extractor.hop_length / SAMPLE_RATE)
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the decoder has places for."""
+        return int(self.config.max_target_positions)
 
     @property
     def is_multilingual(self) -> bool:
@@ -117,35 +114,33 @@ class Whisper:
         no_timestamps = getattr(self.generation, "no_timestamps_token_id", None)
         return tokens if no_timestamps is None else [*tokens, int(no_timestamps)]
 
+    def prompt_of(self, language: str | None) -> list[int]:
+        """Gives the prompt for a language by its ISO code."""
+        return self.prompt(None if language is None else self.languages().get(language))
+
+    def prompts(self, encoded: Tensor, language: str | None) -> Tensor:
+        """Gives the decoder's first tokens for each clip, shape (clips, tokens); a language may have to be detected."""
+        known = self.languages()
+        if not known:
+            return super().prompts(encoded, None)
+        if language is not None and language not in known:
+            warnings.warn(f"the model does not know the language {language}; it is detected instead", stacklevel=6)
+        if language in known:
+            return super().prompts(encoded, language)
+        detected = self._detect_languages(encoded, sorted(known.values()))
+        return torch.tensor([self.prompt(token) for token in detected], device=encoded.device)
+
     def suppressed(self) -> list[int]:
         """Lists ids that no transcript contains: what the model suppresses, and every special token but the end."""
         listed = {int(token) for token in self.generation.suppress_tokens or () if int(token) >= 0}
-        special = {token for token in self.tokenizer.all_special_ids if token is not None}
-        special |= {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        special |= set(
-            range(
-                getattr(self.generation, "no_timestamps_token_id", None) or self.config.vocab_size,
-                self.config.vocab_size,
-            )
+        timestamps = range(
+            getattr(self.generation, "no_timestamps_token_id", None) or self.vocabulary,
+            self.vocabulary,
         )
-        return sorted(token for token in (listed | special) - {self.end} if token < self.config.vocab_size)
+        named = listed | self.special_tokens() | set(timestamps)
+        return sorted(token for token in named - {self.end} if token < self.vocabulary)
 
-    @property
-    def end(self) -> int:
-        """The token id that closes a transcript."""
-        return int(self.config.eos_token_id)
-
-    def set_dropout(self, share: float) -> None:
-        """Sets the dropout of hidden states, attention weights and feed-forward activations, for training alone.
-
-        The configuration, which is saved with a tuned model, keeps the base's.
-        """
-        for module in self.model.modules():
-            for name in ("dropout", "activation_dropout"):
-                if isinstance(getattr(module, name, None), (int, float)):
-                    setattr(module, name, share)
-
-    def features(self, audio: Sequence[npt.NDArray[np.float32]], seconds: float) -> Tensor:
+    def features(self, audio: Sequence[Audio], seconds: float) -> Tensor:
         """Turns clips into log-mel features of shape (clips, mels, 100 x seconds), each padded with silence.
 
         Args:
@@ -165,90 +160,37 @@ class Whisper:
         features: Tensor = batch["input_features"]
         return features
 
+    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gives what the encoder hears; there is no mask, because Whisper hears padding as silence."""
+        del lengths
+        return self.model.model.encoder(features).last_hidden_state, None
 
-def check_architecture(folder: Path) -> None:
-    """Lets a model folder pass whose architecture this image can load.
-
-    Raises:
-        UnsupportedModel: for every other one, naming it and the known ones.
-        InvalidInput: InvalidModelFile, where config.json is missing or no JSON.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except FileNotFoundError as error:
-        message = "the model's folder has no config.json; upload everything that save_pretrained writes"
-        raise InvalidInput("InvalidModelFile", message) from error
-    except ValueError as error:
-        raise InvalidInput(
-            "InvalidModelFile", "config.json of the model is not JSON; upload the model again"
-        ) from error
-    found = config.get("architectures") if isinstance(config, dict) else None
-    names = [str(name) for name in found] if isinstance(found, list) else []
-    if not names and isinstance(config, dict) and config.get("model_type") == "whisper":
-        return
-    if not any(name in ARCHITECTURES for name in names):
-        stated = ", ".join(names) or "none"
-        raise UnsupportedModel(
-            f"the model's config.json names the architecture {stated[:200]}; this image knows "
-            f"{', '.join(ARCHITECTURES)}: choose a base model of that architecture"
-        )
+    def _detect_languages(self, encoded: Tensor, candidates: Sequence[int]) -> list[int]:
+        """Gives each clip's likeliest language token, as the first thing that the decoder says."""
+        start = torch.full((encoded.shape[0], 1), self.config.decoder_start_token_id, device=encoded.device)
+        hidden = self.model.model.decoder(
+            input_ids=start, encoder_hidden_states=encoded, use_cache=False
+        ).last_hidden_state
+        ids = torch.tensor(candidates, device=encoded.device)
+        best = self.model.proj_out(hidden[:, -1])[:, ids].argmax(dim=-1)
+        return [int(token) for token in ids[best]]
 
 
 def load_whisper(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Whisper:
-    """Loads a Whisper from a folder of safetensors; nothing is fetched and no code in the folder is run.
+    """Loads a Whisper, and no model of another family.
 
     Raises:
-        UnsupportedModel: for another architecture.
         InvalidInput: for a folder in which something is missing or does not fit together.
     """
-    check_architecture(folder)
-    try:
-        model, report = WhisperForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        extractor = _load_extractor(folder, model.config)
-    except RecipeFailure:
-        raise
-    except Exception as error:
-        # Whatever the readers of weights and vocabularies raise (some of it plain Exception), the files are at fault.
-        if is_out_of_memory(error):
-            raise
-        message = (
-            f"the model cannot be loaded ({type(error).__name__}); its folder needs config.json, *.safetensors, "
-            "tokenizer.json and generation_config.json as save_pretrained writes them"
-        )
-        raise InvalidInput("InvalidModelFile", message) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        message = f"the weights of the model lack {len(missing)} tensors, the first is {missing[0]}; upload it again"
-        raise InvalidInput("InvalidModelFile", message)
-    # The encoders differ in their forward alone; the outer class stays transformers' own, whose name is saved with it.
-    model.model.encoder.__class__ = SlicedWhisperEncoder
-    # Sinusoids, which are no weights: short clips would bend only the first of them.
-    model.model.encoder.embed_positions.requires_grad_(False)  # noqa: FBT003 (torch's own)
-    return Whisper(model=model.to(device).eval(), tokenizer=tokenizer, extractor=extractor)
+    return Whisper.load(folder, device, dtype)
 
 
-def _load_extractor(folder: Path, config: WhisperConfig) -> WhisperFeatureExtractor:
+def _load_extractor(folder: Path, config: Any) -> WhisperFeatureExtractor:
     """Reads preprocessor_config.json, or derives it from the network's shape where it is missing."""
     if not (folder / "preprocessor_config.json").is_file():
         window = config.max_source_positions * 2 * 160 // SAMPLE_RATE
         return WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=window)
     extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
-    if extractor.feature_size != config.num_mel_bins:
-        message = (
-            f"preprocessor_config.json makes {extractor.feature_size} mel bins, the network takes "
-            f"{config.num_mel_bins}; use the preprocessor_config.json that belongs to this model"
-        )
-        raise InvalidInput("MelMismatch", message)
-    if extractor.sampling_rate != SAMPLE_RATE:
-        message = f"preprocessor_config.json asks for {extractor.sampling_rate} Hz, Whisper takes {SAMPLE_RATE} Hz"
-        raise InvalidInput("SampleRateMismatch", message)
+    check_mels(extractor.feature_size, config.num_mel_bins)
+    check_sampling_rate(extractor)
     return extractor

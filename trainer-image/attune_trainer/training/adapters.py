@@ -1,6 +1,7 @@
 """Low-rank adapters: attaching, saving, and melting them into the weights."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from attune_trainer.failures import InvalidInput
 from attune_trainer.modeling.artifact import Artifact, write_artifact
-from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training.export import write_model
 from attune_trainer.training.settings import ADAPTER_FOLDER
 from attune_trainer.training.weights import check_shapes, copy_to_host
@@ -23,31 +24,31 @@ class Adapters:
     def __init__(self, lora: Lora) -> None:
         self._lora = lora
 
-    def attach(self, whisper: Whisper) -> PeftModel:
-        """Puts adapters on linear layers of encoder and decoder; all other weights are frozen.
+    def attach(self, speech_model: SpeechModel) -> PeftModel:
+        """Puts adapters on linear layers; all other weights are frozen.
 
-        peft's task type stays unset: its sequence-to-sequence wrapper passes input_ids, which Whisper does not take.
+        peft's task type stays unset: its wrappers pass input_ids, which most recognisers do not take.
 
         Raises:
             InvalidInput: UnknownTargetModule, where the model has no layer of a name that is given; RankTooLarge, where
                 the rank exceeds the narrowest of the layers.
         """
         lora = self._lora
-        targets = lora.target_modules or list(whisper.linear_layers)
-        self._check(whisper, targets)
+        targets = lora.target_modules or list(speech_model.linear_layers)
+        self._check(speech_model, targets)
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=float(lora.dropout),
             use_rslora=lora.variant is LoraVariant.RSLORA,
             use_dora=lora.variant is LoraVariant.DORA,
-            target_modules=targets,
+            target_modules=_name_layers(speech_model, targets),
             bias="none",
         )
         with warnings.catch_warnings():
             # peft asks transformers by a name that transformers has renamed; the answer is the same.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            return get_peft_model(whisper.model, config)
+            return get_peft_model(speech_model.model, config)
 
     def state(self, model: PeftModel) -> dict[str, Tensor]:
         """Copies the adapters' weights to the host, under peft's names."""
@@ -62,7 +63,9 @@ class Adapters:
         check_shapes(_weights(model), state)
         set_peft_model_state_dict(model, dict(state))
 
-    def export(self, model: PeftModel, whisper: Whisper, folder: Path, *, base: Path, artifact: Artifact) -> None:
+    def export(
+        self, model: PeftModel, speech_model: SpeechModel, folder: Path, *, base: Path, artifact: Artifact
+    ) -> None:
         """Writes adapter/ and merged/; afterwards `model` is the merged one and has no adapters."""
         adapter = folder / ADAPTER_FOLDER
         model.peft_config["default"].base_model_name_or_path = artifact.base_model
@@ -71,19 +74,19 @@ class Adapters:
         _sort_lists(adapter / "adapter_config.json")
         (adapter / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
         write_artifact(adapter, artifact)
-        write_model(model.merge_and_unload(), whisper, folder, base=base, artifact=artifact)
+        write_model(model.merge_and_unload(), speech_model, folder, base=base, artifact=artifact)
 
-    def _check(self, whisper: Whisper, targets: list[str]) -> None:
-        unknown = sorted(set(targets) - set(whisper.linear_layers))
+    def _check(self, speech_model: SpeechModel, targets: list[str]) -> None:
+        unknown = sorted(set(targets) - set(speech_model.linear_layers))
         if unknown:
             message = (
                 f"spec.lora.targetModules names {', '.join(unknown)}, which no layer of the base model is called; it "
-                f"has {', '.join(whisper.linear_layers)}"
+                f"has {', '.join(speech_model.linear_layers)}"
             )
             raise InvalidInput("UnknownTargetModule", message)
         narrowest = min(
             min(layer.in_features, layer.out_features)
-            for name, layer in linear_layers(whisper)
+            for name, layer in linear_layers(speech_model)
             if name.rpartition(".")[2] in targets
         )
         if self._lora.rank > narrowest:
@@ -94,11 +97,22 @@ class Adapters:
             raise InvalidInput("RankTooLarge", message)
 
 
-def linear_layers(whisper: Whisper) -> Iterator[tuple[str, nn.Linear]]:
-    """Yields the linear layers of encoder and decoder with their paths, the vocabulary's projection left out."""
-    for name, module in whisper.model.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in whisper.linear_layers:
+def linear_layers(speech_model: SpeechModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Yields the linear layers that adapters can go on with their paths; the vocabulary's projection is none."""
+    for name, module in speech_model.model.named_modules():
+        if (
+            isinstance(module, nn.Linear)
+            and name.rpartition(".")[2] in speech_model.linear_layers
+            and name.startswith(speech_model.adapted_part)
+        ):
             yield name, module
+
+
+def _name_layers(speech_model: SpeechModel, targets: list[str]) -> list[str] | str:
+    """Says to peft which layers it is to adapt: by their last names, or by an expression for whole paths."""
+    if not speech_model.adapted_part:
+        return targets
+    return rf"{re.escape(speech_model.adapted_part)}\.(.+\.)?({'|'.join(targets)})"
 
 
 def _weights(model: PeftModel) -> dict[str, Tensor]:

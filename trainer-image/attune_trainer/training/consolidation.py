@@ -20,9 +20,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.modeling.speech_model import IGNORED, SpeechModel
 from attune_trainer.training.adapters import linear_layers
-from attune_trainer.training.transcripts import IGNORED
 
 _ADAPTER = "default"
 
@@ -40,18 +39,18 @@ class _Covariances:
 class Importance:
     """Collects, batch by batch, how much the loss depends on the linear layers that train."""
 
-    def __init__(self, model: nn.Module, whisper: Whisper) -> None:
+    def __init__(self, model: nn.Module, speech_model: SpeechModel) -> None:
         """Begins with nothing.
 
         Args:
             model: what trains, and has not been trained yet.
-            whisper: whose network it is.
+            speech_model: whose network it is.
         """
         adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-        self._layers: dict[str, Any] = adapted or dict(linear_layers(whisper))
+        self._layers: dict[str, Any] = adapted or dict(linear_layers(speech_model))
         self._sums: dict[str, _Covariances] = {}
 
-    def add(self, loss: nn.Module, features: Tensor, inputs: Tensor, targets: Tensor) -> None:
+    def add(self, loss: nn.Module, features: Tensor, inputs: Tensor, targets: Tensor, lengths: Tensor) -> None:
         """Adds a batch, as TranscriptionLoss takes it: runs it forward and back, and changes no weight."""
         caught: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -70,7 +69,7 @@ class Importance:
                 linear = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
                 hooks.enter_context(linear.register_forward_hook(catch(name)))
             # The sum over tokens: a mean would make much of a batch that has few.
-            value = loss(features, inputs, targets) * (targets != IGNORED).sum()
+            value = loss(features, inputs, targets, lengths) * (targets != IGNORED).sum()
             gradients = torch.autograd.grad(value, [probe for _, _, probe in caught.values()])
         for (name, (read, said, _)), gradient in zip(caught.items(), gradients, strict=True):
             self._take(name, *(one.flatten(0, -2).float() for one in (read, said, gradient)))

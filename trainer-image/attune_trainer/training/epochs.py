@@ -2,11 +2,29 @@
 
 from collections.abc import Sequence
 
+from attune.contract.training import Augmentation
+
 from attune_trainer.augmentation.augmenter import Augmenter
+from attune_trainer.failures import InvalidInput
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training.batches import Batch, plan_epoch
 from attune_trainer.training.loader import read_samples
 from attune_trainer.training.mixture import choose_utterances
 from attune_trainer.training.settings import TrainingSettings, TrainingUtterance
+
+
+def check_augmentation(wanted: Augmentation | None, speech_model: SpeechModel) -> None:
+    """Lets pass what can be done to the audio of a model.
+
+    Raises:
+        InvalidInput: AugmentationUnsupported.
+    """
+    if wanted is not None and wanted.spec_augment is not None and speech_model.reads_samples:
+        message = (
+            "spec.augmentation.specAugment blanks out parts of log-mel features, but the base model hears samples "
+            f"({type(speech_model.model).__name__}); leave it out, the other augmentations work"
+        )
+        raise InvalidInput("AugmentationUnsupported", message)
 
 
 class Epochs:

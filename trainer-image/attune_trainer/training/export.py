@@ -10,17 +10,16 @@ from attune.contract.training import Padding
 from attune_trainer.lineage import Generation
 from attune_trainer.modeling.artifact import Artifact, write_artifact
 from attune_trainer.modeling.buckets import BUCKETS, fit_buckets
-from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training.settings import MODEL_FOLDER
 
 
-def write_model(network: Any, whisper: Whisper, folder: Path, *, base: Path, artifact: Artifact) -> None:
+def write_model(network: Any, speech_model: SpeechModel, folder: Path, *, base: Path, artifact: Artifact) -> None:
     """Writes a network, without adapters, as a complete transformers checkpoint in the base's own precision."""
     target = folder / MODEL_FOLDER
     _clean_generation(network)
     network.to(_stored_dtype(base)).save_pretrained(target, safe_serialization=True)
-    whisper.tokenizer.save_pretrained(target)
-    whisper.extractor.save_pretrained(target)
+    speech_model.save_companions(target)
     write_artifact(target, artifact)
 
 
@@ -30,7 +29,7 @@ def is_stored_in_fp32(folder: Path) -> bool:
 
 
 def describe_artifact(
-    whisper: Whisper,
+    speech_model: SpeechModel,
     padding: Padding,
     *,
     base_uri: str,
@@ -39,23 +38,23 @@ def describe_artifact(
     history: tuple[Generation, ...] = (),
 ) -> Artifact:
     """Says how the tuned model wants its audio and where it comes from."""
-    buckets = fit_buckets(BUCKETS, whisper.window_seconds) if padding is Padding.BUCKETS else ()
+    buckets = fit_buckets(BUCKETS, speech_model.window_seconds) if padding is Padding.BUCKETS else ()
     return Artifact(
         padding=padding, buckets=buckets, base_model=base_uri, model_id=model_id, language=language, history=history
     )
 
 
-def clean_generation(whisper: Whisper) -> None:
+def clean_generation(speech_model: SpeechModel) -> None:
     """Makes decoding free of the base's habits that training overrides; training and serving then decode alike.
 
     Forced ids contradict the prompt, and the list of suppressed symbols bans characters that the training transcripts
     may hold. Special tokens stay suppressed all the same.
     """
-    _clean_generation(whisper.model)
+    _clean_generation(speech_model.model)
 
 
 def _clean_generation(network: Any) -> None:
-    for config in (network.generation_config, network.config):
+    for config in (getattr(network, "generation_config", None), network.config):
         for name in ("forced_decoder_ids", "suppress_tokens"):
             if getattr(config, name, None) is not None:
                 setattr(config, name, None)

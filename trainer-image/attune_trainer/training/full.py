@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attune_trainer.modeling.artifact import Artifact
-from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training.export import write_model
 from attune_trainer.training.weights import check_shapes, copy_to_host, trained_parameters
 
@@ -15,9 +15,9 @@ from attune_trainer.training.weights import check_shapes, copy_to_host, trained_
 class AllWeights:
     """Every weight trains; what comes out is the model itself, and no adapter."""
 
-    def attach(self, whisper: Whisper) -> nn.Module:
+    def attach(self, speech_model: SpeechModel) -> nn.Module:
         """Gives the network as it is; what was frozen when it was loaded, such as Whisper's sinusoids, stays so."""
-        model: nn.Module = whisper.model
+        model: nn.Module = speech_model.model
         return model
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -36,6 +36,8 @@ class AllWeights:
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
-    def export(self, model: nn.Module, whisper: Whisper, folder: Path, *, base: Path, artifact: Artifact) -> None:
+    def export(
+        self, model: nn.Module, speech_model: SpeechModel, folder: Path, *, base: Path, artifact: Artifact
+    ) -> None:
         """Writes merged/ alone."""
-        write_model(model, whisper, folder, base=base, artifact=artifact)
+        write_model(model, speech_model, folder, base=base, artifact=artifact)

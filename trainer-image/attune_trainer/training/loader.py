@@ -1,4 +1,4 @@
-"""Log-mel features and tokens of the coming batches, made while the current one trains."""
+"""Features and tokens of the coming batches, made while the current one trains."""
 
 import queue
 import threading
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from attune_trainer.augmentation.augmenter import Augmenter
 from attune_trainer.failures import InvalidInput
-from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.modeling.speech_model import SpeechModel, TokenBatch
 from attune_trainer.training.batches import Batch
 from attune_trainer.training.settings import TrainingUtterance
-from attune_trainer.training.transcripts import TokenBatch, TranscriptEncoder
+from attune_trainer.training.transcripts import TranscriptEncoder
 
 _AHEAD: Final = 4
 
@@ -25,19 +25,21 @@ class TrainingBatch:
     """What one process works on at a time: a step's work, or a part of it where gradients accumulate.
 
     Attributes:
-        features: log-mel, shape (utterances, mels, frames).
-        tokens: decoder inputs and targets.
+        features: what the network hears, shape (utterances, ...).
+        tokens: what it reads, and what it is to say.
+        lengths: samples of each utterance, without padding.
         bucket: seconds that each utterance is padded to.
     """
 
     features: Tensor
     tokens: TokenBatch
+    lengths: Tensor
     bucket: float
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, decoder inputs and targets: what the loss takes."""
-        return self.features, self.tokens.inputs, self.tokens.targets
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features, inputs, targets and lengths: what the loss takes."""
+        return self.features, self.tokens.inputs, self.tokens.targets, self.lengths
 
 
 class BatchLoader:
@@ -49,13 +51,13 @@ class BatchLoader:
 
     def __init__(
         self,
-        whisper: Whisper,
+        speech_model: SpeechModel,
         encoder: TranscriptEncoder,
         utterances: Sequence[TrainingUtterance],
         batches: Sequence[Batch],
         augmenter: Augmenter | None = None,
     ) -> None:
-        self._whisper = whisper
+        self._speech_model = speech_model
         self._encoder = encoder
         self._utterances = utterances
         self._batches = batches
@@ -102,11 +104,19 @@ class BatchLoader:
             audio = [self._augmenter.hear(*one) for one in zip(batch.members, audio, strict=True)]
         transcripts = [self._encoder.encode(one.text) for one in members]
         tokens = self._encoder.batch([ids for ids in transcripts if ids is not None])
-        features = self._whisper.features(audio, batch.bucket)
+        features = self._speech_model.features(audio, batch.bucket)
         if self._augmenter is not None:
-            for row, (position, samples) in enumerate(zip(batch.members, audio, strict=True)):
-                features[row] = torch.from_numpy(self._augmenter.mask(position, features[row].numpy(), len(samples)))
-        return TrainingBatch(features=features, tokens=tokens, bucket=batch.bucket)
+            self._mask(features, batch, self._augmenter, [len(samples) for samples in audio])
+        lengths = self._speech_model.lengths(audio, batch.bucket)
+        return TrainingBatch(features=features, tokens=tokens, lengths=lengths, bucket=batch.bucket)
+
+    def _mask(self, features: Tensor, batch: Batch, augmenter: Augmenter, samples: Sequence[int]) -> None:
+        """Blanks out parts of log-mel features, in place; samples have none."""
+        if self._speech_model.reads_samples:
+            return
+        log_mel = self._speech_model.log_mel(features)
+        for row, position in enumerate(batch.members):
+            log_mel[row] = torch.from_numpy(augmenter.mask(position, log_mel[row].numpy(), samples[row]))
 
 
 def read_samples(utterance: TrainingUtterance):  # type: ignore[no-untyped-def]  # noqa: ANN201

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attune_trainer.modeling.artifact import Artifact
-from attune_trainer.modeling.whisper import Whisper
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training.adapters import Adapters
 from attune_trainer.training.full import AllWeights
 from attune_trainer.training.quantised import QuantisedAdapters
@@ -20,7 +20,7 @@ from attune_trainer.training.settings import TrainingSettings
 class TrainingMethod(Protocol):
     """How a network is made trainable, and what of it is kept."""
 
-    def attach(self, whisper: Whisper) -> Any:
+    def attach(self, speech_model: SpeechModel) -> Any:
         """Gives the module that trains: what requires a gradient in it is what the optimiser changes.
 
         Raises:
@@ -37,7 +37,7 @@ class TrainingMethod(Protocol):
             ValueError: when names or shapes are not those of the module.
         """
 
-    def export(self, model: Any, whisper: Whisper, folder: Path, *, base: Path, artifact: Artifact) -> None:
+    def export(self, model: Any, speech_model: SpeechModel, folder: Path, *, base: Path, artifact: Artifact) -> None:
         """Writes merged/, a complete transformers checkpoint, below a folder, and adapter/ where there is one.
 
         The module cannot be trained afterwards.

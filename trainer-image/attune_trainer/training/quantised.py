@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from attune_trainer.failures import InvalidInput, is_out_of_memory
 from attune_trainer.modeling.artifact import Artifact
-from attune_trainer.modeling.whisper import Whisper, load_whisper
+from attune_trainer.modeling.families import load_model
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training.adapters import Adapters, linear_layers
 from attune_trainer.training.export import clean_generation
 
@@ -35,16 +36,18 @@ class QuantisedAdapters(Adapters):
         super().__init__(lora)
         self._library = _load_library(device)
 
-    def attach(self, whisper: Whisper) -> PeftModel:
-        """Rounds the linear layers of encoder and decoder, and puts adapters on those that are asked for."""
-        for name, layer in list(linear_layers(whisper)):
-            whisper.model.set_submodule(name, self._quantise(layer))
-        whisper.model.is_loaded_in_4bit = True  # by this peft knows what its adapters stand beside
-        return super().attach(whisper)
+    def attach(self, speech_model: SpeechModel) -> PeftModel:
+        """Rounds the linear layers, and puts adapters on those that are asked for."""
+        for name, layer in list(linear_layers(speech_model)):
+            speech_model.model.set_submodule(name, self._quantise(layer))
+        speech_model.model.is_loaded_in_4bit = True  # by this peft knows what its adapters stand beside
+        return super().attach(speech_model)
 
-    def export(self, model: PeftModel, whisper: Whisper, folder: Path, *, base: Path, artifact: Artifact) -> None:
+    def export(
+        self, model: PeftModel, speech_model: SpeechModel, folder: Path, *, base: Path, artifact: Artifact
+    ) -> None:
         """Writes adapter/ and merged/, by way of a network of full precision with the rounded weights."""
-        rounded = load_whisper(base, whisper.model.device)
+        rounded = load_model(base, speech_model.model.device)
         clean_generation(rounded)
         for _, layer in linear_layers(rounded):
             layer.weight.data = self._round(layer.weight.data)

@@ -25,8 +25,9 @@ from torch import Tensor
 from attune_trainer.failures import RecipeFailure, from_exception, is_out_of_memory
 from attune_trainer.logs import configure_logging
 from attune_trainer.modeling.artifact import read_artifact
+from attune_trainer.modeling.families import load_model
 from attune_trainer.modeling.recognizer import Recognizer
-from attune_trainer.modeling.whisper import Whisper, load_whisper
+from attune_trainer.modeling.speech_model import SpeechModel
 from attune_trainer.training import checkpoints
 from attune_trainer.training.arithmetic import choose_dtype
 from attune_trainer.training.batches import plan_epoch
@@ -34,7 +35,7 @@ from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.consolidation import Consolidation, Importance
 from attune_trainer.training.course import Course
 from attune_trainer.training.engine import SHARES_WEIGHTS, build_engine, copy_trained, distributed
-from attune_trainer.training.epochs import Epochs
+from attune_trainer.training.epochs import Epochs, check_augmentation
 from attune_trainer.training.estimate import choose_probe, extrapolate
 from attune_trainer.training.events import EventWriter
 from attune_trainer.training.export import clean_generation, describe_artifact, is_stored_in_fp32
@@ -94,9 +95,10 @@ class Training:
         torch.manual_seed(self._parameters.seed)
         settings = self._settings
         self._method = choose_method(settings, self._device)
-        self._whisper = load_whisper(settings.base, self._device)
-        self._encoder = TranscriptEncoder(self._whisper, settings.language)
-        self._train = select_usable(settings.train, self._encoder, self._whisper)
+        self._speech_model = load_model(settings.base, self._device)
+        check_augmentation(settings.augmentation, self._speech_model)
+        self._encoder = TranscriptEncoder(self._speech_model, settings.language)
+        self._train = select_usable(settings.train, self._encoder, self._speech_model)
         state = self._resumed_state() or self._begin()
         self._tell("baseline", **state.baseline_metrics)
         if state.estimate is not None:
@@ -119,7 +121,7 @@ class Training:
             artifact = artifact.model_copy(update={"language": self._encoder.language})
         self._tell_stage("Baseline", percent=10)
         began = time.monotonic()
-        measured = self._measure(Recognizer(self._whisper, artifact), (10, 20))
+        measured = self._measure(Recognizer(self._speech_model, artifact), (10, 20))
         self._baseline_seconds = time.monotonic() - began
         return TrainingState(
             fingerprint=self._settings.fingerprint,
@@ -131,32 +133,32 @@ class Training:
     def _attach(self) -> TranscriptionLoss:
         """Makes the network trainable, plans the run, and gives what is to be minimised."""
         settings = self._settings
-        trained = self._whisper
+        trained = self._speech_model
         clean_generation(trained)
         if self._parameters.dropout is not None:
             trained.set_dropout(float(self._parameters.dropout))
         self._model = self._served = self._method.attach(trained)
         if settings.distributed.deepspeed.zero_stage == SHARES_WEIGHTS:
             # Processes that transcribe take turns of their own, so each needs a whole network for that.
-            self._whisper = load_whisper(settings.base, self._device)
-            clean_generation(self._whisper)
-            self._served = self._method.attach(self._whisper)
+            self._speech_model = load_model(settings.base, self._device)
+            clean_generation(self._speech_model)
+            self._served = self._method.attach(self._speech_model)
         torch.manual_seed(self._parameters.seed + self._rank)  # dropout differs between processes, adapters do not
         self._artifact = describe_artifact(
-            self._whisper,
+            self._speech_model,
             settings.padding,
             base_uri=settings.base_uri,
             model_id=settings.model_id,
             language=self._encoder.language,
             history=settings.history,
         )
-        self._recognizer = Recognizer(self._whisper, self._artifact)
+        self._recognizer = Recognizer(self._speech_model, self._artifact)
         self._put_aside()
         self._epochs = Epochs(
             settings,
             self._train,
             self._recognizer.buckets,
-            window_seconds=self._whisper.window_seconds,
+            window_seconds=self._speech_model.window_seconds,
             batches=self._processes * self._accumulation,
         )
         return TranscriptionLoss(self._model, trained, self._estimate_importance())
@@ -175,7 +177,7 @@ class Training:
             return None
         self._tell_stage("Consolidating", percent=20)
         self._model.eval()
-        sample = select_usable(keeping.sample, self._encoder, self._whisper)
+        sample = select_usable(keeping.sample, self._encoder, self._speech_model)
         steps = plan_epoch(
             [one.seconds for one in sample],
             self._recognizer.buckets,
@@ -185,9 +187,9 @@ class Training:
             epoch=0,
             processes=self._processes,
         )
-        loader = BatchLoader(self._whisper, self._encoder, sample, [step[self._rank] for step in steps])
-        importance = Importance(self._model, self._whisper)
-        objective = TranscriptionLoss(self._model, self._whisper)
+        loader = BatchLoader(self._speech_model, self._encoder, sample, [step[self._rank] for step in steps])
+        importance = Importance(self._model, self._speech_model)
+        objective = TranscriptionLoss(self._model, self._speech_model)
         try:
             for number, batch in enumerate(loader):
                 self._raise_if_stopped()
@@ -231,7 +233,7 @@ class Training:
         augmenter = self._epochs.augmenter(state.epoch)
         seconds = self._epochs.seconds(augmenter)
         mine = [batch for step in steps for batch in step[self._rank :: self._processes]]
-        loader = BatchLoader(self._whisper, self._encoder, self._train, mine, augmenter)
+        loader = BatchLoader(self._speech_model, self._encoder, self._train, mine, augmenter)
         self._tell_stage("Training", step=state.step, total_steps=self._epochs.steps)
         self._engine.train()
         try:
@@ -401,7 +403,7 @@ class Training:
             self._served.to("cpu")
 
     def _measure(self, recognizer: Recognizer, percent: tuple[float, float]) -> Measured:
-        self._whisper.model.eval()
+        self._speech_model.model.eval()
         return self._validator.measure(recognizer, percent)
 
     def _check_weights(self) -> None:
@@ -480,12 +482,14 @@ class Training:
         self._tell_stage("Merging", percent=92)
         settings = self._settings
         self._method.load(self._served.to(self._device), load_state(self._best))
-        self._whisper.model.eval()
+        self._speech_model.model.eval()
         probe = min(settings.validation, key=lambda one: one.seconds)
-        before = self._probe(self._whisper, probe)
-        self._method.export(self._served, self._whisper, settings.output, base=settings.base, artifact=self._artifact)
+        before = self._probe(self._speech_model, probe)
+        self._method.export(
+            self._served, self._speech_model, settings.output, base=settings.base, artifact=self._artifact
+        )
         written = settings.output / MODEL_FOLDER
-        difference = float((self._probe(load_whisper(written, self._device), probe) - before).abs().max())
+        difference = float((self._probe(load_model(written, self._device), probe) - before).abs().max())
         tolerance = _MERGE_TOLERANCE if is_stored_in_fp32(written) else 10 * _MERGE_TOLERANCE
         if difference > tolerance * float(before.abs().max()):
             raise RuntimeError(f"the model that was written differs from the trained one by {difference:.2e} in logits")
@@ -505,14 +509,12 @@ class Training:
         )
 
     @torch.inference_mode()
-    def _probe(self, whisper: Whisper, utterance: TrainingUtterance) -> Tensor:
+    def _probe(self, speech_model: SpeechModel, utterance: TrainingUtterance) -> Tensor:
         """Gives the logits of one utterance's own transcript."""
-        features = whisper.features([read_samples(utterance)], self._recognizer.buckets[-1]).to(self._device)
+        audio, bucket = [read_samples(utterance)], self._recognizer.buckets[-1]
         tokens = self._encoder.batch([(self._encoder.encode(utterance.text) or [])[:64]])
-        logits: Tensor = whisper.model(
-            input_features=features, decoder_input_ids=tokens.inputs.to(self._device), use_cache=False
-        ).logits
-        return logits.float()
+        tensors = (speech_model.features(audio, bucket), tokens.inputs, speech_model.lengths(audio, bucket))
+        return speech_model.logits(*(one.to(self._device) for one in tensors))
 
     def _on_signal(self, _number: int, _frame: Any) -> None:
         self._signalled = True
