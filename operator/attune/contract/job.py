@@ -139,6 +139,7 @@ class FinetuneRecipe(ContractModel):
             exclude_none=True,
             exclude={"checkpoint", "model_id", "output_prefix", "checkpoint_prefix", "economics", "budget"},
         )
+        told["distributed"] = self.distributed.dump_told()
         limits = self.budget.limits() if self.budget is not None else {}
         if limits:
             told["budget"] = limits

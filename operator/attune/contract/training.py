@@ -2,7 +2,7 @@
 
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Final, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, model_validator
 
@@ -331,5 +331,18 @@ class DeepSpeed(ContractModel):
 class Distributed(ContractModel):
     """Processes that train together."""
 
-    processes_per_node: int = Field(default=1, ge=1, le=16, description="Training processes in the pod, one per GPU.")
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description=(
+            "Pods that train together, each with all of spec.resources. They start, go on and end as one. Without a "
+            "queue each takes the first place that it finds, and waits there for the others."
+        ),
+    )
+    processes_per_node: int = Field(default=1, ge=1, le=16, description="Training processes in each pod, one per GPU.")
     deepspeed: DeepSpeed = Field(default_factory=DeepSpeed, description="DeepSpeed's settings.")
+
+    def dump_told(self) -> dict[str, Any]:
+        """Dumps it without nodes where there is one: what a release has said that knew no more is said again."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"nodes"} if self.nodes == 1 else None)
