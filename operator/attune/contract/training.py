@@ -2,7 +2,7 @@
 
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
@@ -343,6 +343,7 @@ class Distributed(ContractModel):
     processes_per_node: int = Field(default=1, ge=1, le=16, description="Training processes in each pod, one per GPU.")
     deepspeed: DeepSpeed = Field(default_factory=DeepSpeed, description="DeepSpeed's settings.")
 
-    def dump_told(self) -> dict[str, Any]:
-        """Dumps it without nodes where there is one: what a release has said that knew no more is said again."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"nodes"} if self.nodes == 1 else None)
+    @property
+    def unsaid(self) -> frozenset[str]:
+        """What has no part in a digest: a run in one pod keeps that of a release which knew no other."""
+        return frozenset({"nodes"}) if self.nodes == 1 else frozenset()
