@@ -136,11 +136,12 @@ def folder_name(step: int, epoch: int, mark: str = "") -> str:
 def upload(store: Store, folder: Path, prefix: str, keep: int, wait: Callable[[], None] = lambda: None) -> None:
     """Uploads a checkpoint, its seal last, and removes those that are older than the newest `keep`.
 
-    Of several pods each uploads its own part, and the one that has the seal waits for the others'. The one just uploaded stays even where `keep` later ones are there: those could not be gone on from.
+    Of several pods each uploads its own part, and the one that has the seal waits for those of the others. The one
+    just uploaded stays even where `keep` later ones are there: those could not be gone on from.
 
     Args:
         store: of the namespace.
-        folder: without a seal it is another pod's to complete.
+        folder: what of it is on this disk; without a seal it is another pod's to complete.
         prefix: of all checkpoints of the run.
         keep: how many stay.
         wait: called between two looks for other pods' parts; what it raises ends the waiting.
