@@ -17,8 +17,7 @@ LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 LABEL_WORKLOAD_PRIORITY: Final = "kueue.x-k8s.io/priority-class"
 LABEL_JOB_UID: Final = "kueue.x-k8s.io/job-uid"
 
-# The Job controller's, on the pods of a Job: which Job, and of an Indexed one which index.
-LABEL_JOB: Final = "batch.kubernetes.io/job-name"
+# The Job controller's, on the pods of an Indexed Job: which of them this is.
 ANNOTATION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
 
 COMPONENT_SERVE: Final = "serve"
