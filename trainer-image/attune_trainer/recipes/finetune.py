@@ -102,8 +102,8 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
             return _publish(recipe, context, inputs, outcome)
     except _PublishedElsewhere as elsewhere:
         return elsewhere.result
-    except PeerLost:
-        if place is not None and place.index == 0:
+    except RecipeFailure as failure:
+        if failure.code is ExitCode.PEER_LOST and place is not None and place.index == 0:
             _check_losses(recipe, context)
         raise
 

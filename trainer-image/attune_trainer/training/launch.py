@@ -115,12 +115,13 @@ class TrainingProcesses:
                 break
             if stop_wanted():
                 self.stop_file.touch()
-            try:
-                raise_if_lost()
-            except PeerLost:
-                os.killpg(self._launcher.pid, signal.SIGKILL)
-                raise
             ended = self._launcher.poll() is not None
+            if not ended:
+                try:
+                    raise_if_lost()
+                except PeerLost:
+                    os.killpg(self._launcher.pid, signal.SIGKILL)
+                    raise
         self._conclude(last_words, killed=killed)
 
     def _conclude(self, last_words: dict[str, dict[str, Any]], *, killed: bool) -> None:
