@@ -1,6 +1,7 @@
 """The Job and its job.json: what the operator writes is what the trainer reads."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,28 @@ import pytest
 from attune.api.meta import PodResources
 from attune.contract.environment import STOP_SECONDS, STORE_SECRET_KEYS
 from attune.contract.exitcode import Disposition, ExitCode
-from attune.contract.job import JobSpec
+from attune.contract.job import FinetuneRecipe, JobSpec
 from attune.contract.result import Summary
 from attune.domain.actions import EnsureJob
-from attune.render.job import CONTAINER, build_config_map, build_job, build_pod_failure_policy, build_thread_environment
+from attune.domain.names import build_job_name
+from attune.render.job import (
+    CONTAINER,
+    build_config_map,
+    build_gang_service,
+    build_job,
+    build_pod_failure_policy,
+    build_thread_environment,
+)
 from attune.settings import Settings
 from attune_trainer.job import read_spec, summarise
 from attune_trainer.store import Store
+from attune_trainer.training.gang import Place
 
 from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED, TRAINED_ON_GPUS
 from tests.unit.worlds import decide, enact, observe
 
 SETTINGS = Settings(trainer_image="registry.test/trainer:1", inference_image="registry.test/inference:1")
+PODS = {"nodes": 2, "deepspeed": {"zeroStage": 2}}
 SOURCES = [
     {"s3": {"uri": "s3://internal/calls/"}, "format": "Manifest", "manifest": "transcripts.jsonl"},
     {"s3": {"uri": "s3://partner/", "credentialsSecretRef": {"name": "partner"}}, "format": "Directory"},
@@ -55,6 +66,49 @@ def test_objects_are_as_reviewed(
     config = build_config_map(action)
     spec_file = json.loads(config["data"].pop("job.json"))
     golden(name, {"job": build_job(action, SETTINGS), "config": config, "job.json": spec_file})
+
+
+def test_objects_of_a_run_of_several_pods_are_as_reviewed(golden: Callable[[str, Any], None]) -> None:
+    action = wanted("FineTune", method="Full", distributed=PODS)
+    golden("job-finetune-pods", {"job": build_job(action, SETTINGS), "service": build_gang_service(action)})
+
+
+def test_pods_of_a_run_find_their_place_where_the_operator_has_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    action = wanted("FineTune", distributed=PODS)
+    job, service = build_job(action, SETTINGS), build_gang_service(action)
+    pod = job["spec"]["template"]["spec"]
+    for variable in pod["containers"][0]["env"]:
+        if "value" in variable:
+            monkeypatch.setenv(variable["name"], variable["value"])
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")  # the Job controller's part
+    place = Place.from_environment(2)
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    assert place.leader_host == f"{job['metadata']['name']}-0.{name}.{namespace}.svc"
+    assert pod["subdomain"] == name
+    assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert {one["port"] for one in service["spec"]["ports"]} == {place.gang_port, place.training_port}
+    assert service["spec"]["publishNotReadyAddresses"]
+    # The uid is of the FineTune: another one's Service has another name, and begins with a letter as all must.
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+
+
+def test_host_name_of_the_last_pod_is_short_enough_for_the_api_server() -> None:
+    name = build_job_name("a" * 60, "finetune", "1a2b3c4d", "5e6f7", nodes=64)
+    assert len(f"{name}-63") == 63
+
+
+def test_number_of_pods_makes_the_run_and_one_pod_is_what_it_was() -> None:
+    plain, one, two = (wanted("FineTune", distributed={"nodes": nodes}) for nodes in (1, 1, 2))
+    assert plain.name == one.name == wanted("FineTune").name != two.name
+    assert "subdomain" not in build_job(one, SETTINGS)["spec"]["template"]["spec"]
+    recipes = [action.spec.recipe for action in (one, two)]
+    assert all(isinstance(recipe, FinetuneRecipe) for recipe in recipes)
+    first, second = recipes
+    assert isinstance(first, FinetuneRecipe)
+    assert isinstance(second, FinetuneRecipe)
+    assert first.config_digest() != second.config_digest()
+    assert first.distributed.unsaid == {"nodes"}
+    assert second.distributed.unsaid == frozenset()
 
 
 @pytest.mark.parametrize("kind", ["Dataset", "FineTune", "Evaluation"])

@@ -110,6 +110,15 @@ class Terminated(RecipeFailure):
         super().__init__(ExitCode.TERMINATED, "Terminated", message)
 
 
+class PeerLost(RecipeFailure):
+    """A pod that trains together with this one is gone; what ended it says why, and costs the retry."""
+
+    def __init__(self, indices: Sequence[int] = ()) -> None:
+        which = f"pod {', '.join(map(str, indices))}" if indices else "a pod"
+        message = f"{which} of this run is gone; all its pods go back to the last checkpoint"
+        super().__init__(ExitCode.PEER_LOST, "PeerLost", message)
+
+
 def from_store_error(error: BaseException, where: str) -> RecipeFailure | None:
     """Says what an error of the S3 client means; None where it is no such error.
 

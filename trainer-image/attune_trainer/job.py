@@ -160,7 +160,8 @@ def _publish_result(spec: JobSpec, store: Store, result: Any) -> Any:
     """
     published = read_published(spec, store)
     if published is not None:
-        _log.warning("another attempt has published its result first", extra={"key": spec.result_key})
+        if published != result:
+            _log.warning("another attempt has published its result first", extra={"key": spec.result_key})
         return published
     store.write_bytes(
         spec.result_key,

@@ -159,7 +159,7 @@ class _ProgressCollector(Collector):
         yield figures
 
 
-class _DualStackServer(ThreadingHTTPServer):
+class DualStackServer(ThreadingHTTPServer):
     """Listens on a socket of the address's own family; daemon threads, so that a slow reader keeps no Job alive."""
 
     daemon_threads = True
@@ -170,6 +170,7 @@ class _DualStackServer(ThreadingHTTPServer):
         super().__init__((host, port), handler)
 
     def server_bind(self) -> None:
+        """Binds, for IPv4 as well where the address is of IPv6."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # HTTPServer.server_bind asks the resolver for the host's name, which can take seconds in a pod.
@@ -177,6 +178,11 @@ class _DualStackServer(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+def listening_host() -> str:
+    """Gives the address to listen on: all of the pod's, or the one in ATTUNE_PROGRESS_HOST."""
+    return os.environ.get(PROGRESS_HOST_VARIABLE) or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 (others reach it over the pod's address)
 
 
 class ProgressServer:
@@ -189,8 +195,7 @@ class ProgressServer:
     """
 
     def __init__(self, reporter: ProgressReporter, host: str | None = None, port: int | None = None) -> None:
-        if host is None:
-            host = os.environ.get(PROGRESS_HOST_VARIABLE) or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 (the operator reads it over the pod's address)
+        host = listening_host() if host is None else host
         if port is None:
             port = int(os.environ.get(PROGRESS_PORT_VARIABLE) or PROGRESS_PORT)
 
@@ -219,7 +224,7 @@ class ProgressServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
                 """Keeps scrapes out of the log."""
 
-        self._server = _DualStackServer(host, port, Handler)
+        self._server = DualStackServer(host, port, Handler)
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="progress", daemon=True
         )

@@ -284,10 +284,14 @@ class FineTuneSpec(QueueableSpec):
         description="What corrections cost: the status then says when the run has paid for itself. May change.",
     )
     distributed: Distributed = Field(
-        default_factory=Distributed, description="Processes that train together.", json_schema_extra=cel(IMMUTABLE)
+        default_factory=Distributed,
+        description="Pods and processes that train together.",
+        json_schema_extra=cel(IMMUTABLE),
     )
     checkpoint: Checkpointing = Field(default_factory=Checkpointing, description="When state is saved.")
-    resources: PodResources | None = Field(default=None, description="Resources of the training pod.")
+    resources: PodResources | None = Field(
+        default=None, description="Resources of the training pod; of each, where there are several."
+    )
     suspend: bool = Field(
         default=False,
         description=(

@@ -32,6 +32,14 @@ STOP_SECONDS: Final = 50
 # The pod's uid (downward API): fences what an attempt writes.
 ATTEMPT_UID: Final = "ATTUNE_ATTEMPT_UID"
 
+# Pods that train together: which of them this is, from 0 (the Job controller says so in every Indexed Job), and where
+# the first of them is found.
+COMPLETION_INDEX: Final = "JOB_COMPLETION_INDEX"
+LEADER_HOST: Final = "ATTUNE_LEADER_HOST"
+# On the first of them: where the others report, and where their training processes meet.
+GANG_PORT: Final = 9401
+TRAINING_PORT: Final = 29500
+
 # GET /progress answers a Progress, GET /metrics Prometheus text. Every recipe listens here while it runs.
 PROGRESS_PORT: Final = 9400
 SERVE_PORT: Final = 8000

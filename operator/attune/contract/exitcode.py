@@ -24,7 +24,8 @@ class ExitCode(IntEnum):
     """The exit status of every recipe; the Job's podFailurePolicy is rendered from this enum.
 
     Codes from 10 to 29 are findings about the input: trying again gives the same answer. Codes from 30 on are the
-    surroundings' fault and are tried again; 143 (ended by SIGTERM after a checkpoint) costs no retry.
+    surroundings' fault and are tried again. Two codes cost no retry: 143 (ended by SIGTERM after a checkpoint), and 32,
+    of a pod that has lost another one which it trained with: the retry is on whatever ended that one.
     """
 
     OK = 0
@@ -36,6 +37,8 @@ class ExitCode(IntEnum):
     UNSUPPORTED_MODEL = 14
     DIVERGED = 15
     STORE_UNAVAILABLE = 30
+    GANG_INCOMPLETE = 31
+    PEER_LOST = 32
     TERMINATED = 143
 
     @property
@@ -43,7 +46,7 @@ class ExitCode(IntEnum):
         """What the Job controller does when a container ends with this code."""
         if self in _FINDINGS:
             return Disposition.FAIL
-        if self is ExitCode.TERMINATED:
+        if self in {ExitCode.PEER_LOST, ExitCode.TERMINATED}:
             return Disposition.FREE
         return Disposition.RETRY
 

@@ -139,6 +139,9 @@ class FinetuneRecipe(ContractModel):
             exclude_none=True,
             exclude={"checkpoint", "model_id", "output_prefix", "checkpoint_prefix", "economics", "budget"},
         )
+        told["distributed"] = self.distributed.model_dump(
+            mode="json", by_alias=True, exclude_none=True, exclude=set(self.distributed.unsaid)
+        )
         limits = self.budget.limits() if self.budget is not None else {}
         if limits:
             told["budget"] = limits

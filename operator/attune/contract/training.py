@@ -331,5 +331,19 @@ class DeepSpeed(ContractModel):
 class Distributed(ContractModel):
     """Processes that train together."""
 
-    processes_per_node: int = Field(default=1, ge=1, le=16, description="Training processes in the pod, one per GPU.")
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description=(
+            "Pods that train together, each with all of spec.resources. They start, go on and end as one. Without a "
+            "queue each takes the first place that it finds, and waits there for the others."
+        ),
+    )
+    processes_per_node: int = Field(default=1, ge=1, le=16, description="Training processes in each pod, one per GPU.")
     deepspeed: DeepSpeed = Field(default_factory=DeepSpeed, description="DeepSpeed's settings.")
+
+    @property
+    def unsaid(self) -> frozenset[str]:
+        """What has no part in a digest: a run in one pod keeps that of a release which knew no other."""
+        return frozenset({"nodes"}) if self.nodes == 1 else frozenset()

@@ -14,7 +14,8 @@ class EnsureJob:
     """A Job (and the ConfigMap with its job.json) must exist under this name, running or suspended.
 
     source_secrets: name of the Secret with a source's own credentials, by the source's index. With a queue (of Kueue)
-    the Job is created suspended and never changed again: Kueue decides when it runs.
+    the Job is created suspended and never changed again: Kueue decides when it runs. With several nodes it has as many
+    pods, and they find each other through a headless Service of the owner's.
     """
 
     name: str
@@ -27,6 +28,7 @@ class EnsureJob:
     queue: str | None = None
     workload_priority_class: str | None = None
     priority_class: str | None = None
+    nodes: int = 1
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,7 @@ def build_finetune_job(tune: FineTune, fixed: Lineage) -> EnsureJob:
         resources=spec.resources,
         termination_grace_seconds=_GRACE_SECONDS,
         placement=() if spec.checkpoint == Checkpointing() else (spec.checkpoint.model_dump_json(),),
+        nodes=spec.distributed.nodes,
     )
 
 

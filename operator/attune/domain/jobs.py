@@ -42,17 +42,20 @@ MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
 # Kueue's reasons to let a Job wait change without an event of the Job's.
 _QUEUE_SECONDS: Final = 30.0
 _POD_SECONDS: Final = 5.0
-# What the store or hub may answer otherwise later, without any change of the resource.
-_RETRIED: Final = frozenset({ExitCode.ACCESS_DENIED, ExitCode.NOT_FOUND, ExitCode.STORE_UNAVAILABLE})
+# What may be otherwise later without any change of the resource: the store's or the hub's answer, room for all pods.
+_RETRIED: Final = frozenset(
+    {ExitCode.ACCESS_DENIED, ExitCode.NOT_FOUND, ExitCode.STORE_UNAVAILABLE, ExitCode.GANG_INCOMPLETE}
+)
 
 
 @dataclass(frozen=True)
 class ObservedPod:
-    """A pod of a Job, as far as decisions read it."""
+    """A pod of a Job, as far as decisions read it. index: which one of several that work together, from 0."""
 
     name: str
     created: str
     phase: Literal["Pending", "Running", "Succeeded", "Failed", "Unknown"]
+    index: int = 0
     ip: str | None = None
     image: str | None = None
     image_id: str | None = None  # what the kubelet says it runs, once it does
@@ -70,7 +73,7 @@ class ObservedJob:
     """A Job of the resource at hand, with its pods.
 
     suspended_by: who suspended it, where that was not this operator. queue: where it is in one of Kueue's. refusal: why
-    the API server lets it have no pod.
+    the API server lets it have no pod, or not all of several.
     """
 
     name: str
@@ -84,7 +87,7 @@ class ObservedJob:
     failed_reason: str | None = None
     failed_message: str | None = None
     finished: datetime | None = None
-    config_present: bool = True  # the ConfigMap with its job.json
+    config_present: bool = True  # the ConfigMap with its job.json and, for several pods, the Service that they need
     pods: tuple[ObservedPod, ...] = ()
 
     @property
@@ -98,9 +101,18 @@ class ObservedJob:
         return max(self.pods, key=lambda pod: (pod.created, pod.name), default=None)
 
     @property
+    def latest_pods(self) -> tuple[ObservedPod, ...]:
+        """The newest pod of each index, in the order of these: those that work together, or are to."""
+        newest: dict[int, ObservedPod] = {}
+        for pod in sorted(self.pods, key=lambda one: (one.created, one.name)):
+            newest[pod.index] = pod
+        return tuple(newest[index] for index in sorted(newest))
+
+    @property
     def running_pod(self) -> ObservedPod | None:
-        """The pod that works at the moment."""
-        return next((pod for pod in self.pods if pod.phase == "Running" and pod.exit_code is None), None)
+        """The pod that works at the moment, and says how far all are: of several the first."""
+        working = (pod for pod in self.pods if pod.phase == "Running" and pod.exit_code is None)
+        return next((pod for pod in working if pod.index == 0), None)
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,7 @@ def build_ensure_job(
     source_secrets: tuple[tuple[int, str], ...] = (),
     termination_grace_seconds: int = 60,
     placement: tuple[str, ...] = (),
+    nodes: int = 1,
 ) -> EnsureJob:
     """Builds the wish for a Job: its name says which run it is and how it is placed.
 
@@ -197,7 +210,7 @@ def build_ensure_job(
         digits=5,
     )
     return EnsureJob(
-        name=build_job_name(owner.name, recipe.recipe, run, place),
+        name=build_job_name(owner.name, recipe.recipe, run, place, nodes=nodes),
         spec=JobSpec(owner=owner, result_key=build_key("results", owner, run) + ".json", recipe=recipe),
         suspended=suspended,
         resources=resources,
@@ -206,6 +219,7 @@ def build_ensure_job(
         queue=turn.queue_name,
         workload_priority_class=turn.workload_priority_class_name,
         priority_class=turn.priority_class_name,
+        nodes=nodes,
     )
 
 
@@ -338,24 +352,28 @@ def _follow(
     actions: tuple[JobAction, ...],
 ) -> Course:
     """Says where a Job stands that may run and has not ended."""
-    described = _describe_pods(wanted, job, words, surroundings)
-    if described is not None:
-        return Course(actions, described)
     if job.refusal is not None:
         refused = _work_on(words, "Pending", POD_NOT_CREATED, _describe_refusal(wanted, job.refusal), warning=True)
         return Course(actions, refused, look_again_seconds=_POD_SECONDS)
-    # That the API server refuses the pod shows in no event of the Job's.
-    look_again = None if job.pods else _POD_SECONDS
+    # That the API server refuses a pod shows in no event of the Job's.
+    look_again = None if len(job.latest_pods) >= wanted.nodes else _POD_SECONDS
+    described = _describe_pods(wanted, job, words, surroundings)
+    if described is not None:
+        return Course(actions, described, look_again_seconds=look_again)
     if job.queue is None:
         return Course(actions, _begin(wanted, words), look_again_seconds=look_again)
-    admitted = f"queue {job.queue.name} has admitted Job {job.name}; its pod starts"
+    admitted = f"queue {job.queue.name} has admitted Job {job.name}; {_starts(wanted)}"
     return Course(actions, _work_on(words, "Pending", ADMITTED, admitted), look_again_seconds=look_again)
 
 
 def _begin(wanted: EnsureJob, words: Wording) -> Standing:
     if wanted.queue is not None:
         return _work_on(words, QUEUED, QUEUED, f"Job {wanted.name} waits in queue {wanted.queue}")
-    return _work_on(words, "Pending", STARTING, f"Job {wanted.name} {words.does}; its pod starts")
+    return _work_on(words, "Pending", STARTING, f"Job {wanted.name} {words.does}; {_starts(wanted)}")
+
+
+def _starts(wanted: EnsureJob) -> str:
+    return "its pod starts" if wanted.nodes == 1 else f"its {wanted.nodes} pods start, and wait for each other"
 
 
 def _describe_refusal(wanted: EnsureJob, refusal: str) -> str:
@@ -363,7 +381,8 @@ def _describe_refusal(wanted: EnsureJob, refusal: str) -> str:
     plain = re.sub(rf"{re.escape(wanted.name)}-[a-z0-9]*", wanted.name, refusal)
     field = wanted.priority_class is not None and f"PriorityClass with name {wanted.priority_class}" in plain
     help_ = "; create it or correct spec.priorityClassName" if field else ""
-    return f"Job {wanted.name} gets no pod: {plain}{help_} (it is tried again by itself)"
+    none = "no pod" if wanted.nodes == 1 else f"not all of its {wanted.nodes} pods"
+    return f"Job {wanted.name} gets {none}: {plain}{help_} (it is tried again by itself)"
 
 
 def _hold(words: Wording) -> Standing:
@@ -371,21 +390,27 @@ def _hold(words: Wording) -> Standing:
 
 
 def _describe_pods(wanted: EnsureJob, job: ObservedJob, words: Wording, surroundings: Surroundings) -> Standing | None:
-    """Says where a Job stands that is neither held nor ended; None while its pod is on its way."""
-    pod = job.newest_pod
-    if pod is None:
-        return None
-    # A container that has just ended shows before its pod has, and the pod before its Job: all of that is still work.
-    if job.running_pod is not None or pod.phase in ("Running", "Succeeded"):
-        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}")
-    if pod.phase == "Failed":
+    """Says where a Job stands that is neither held nor ended; None while its pods are on their way.
+
+    Pods that work together only do so while all of them are there: what holds one back holds the Job back.
+    """
+    pods = job.latest_pods
+    starting = (pod for pod in pods if pod.phase not in ("Running", "Succeeded", "Failed"))
+    blocked = next((why for pod in starting if (why := _describe_waiting(pod, surroundings)) is not None), None)
+    if blocked is not None:
+        return _work_on(words, "Pending", *blocked, warning=True)
+    failed = [pod for pod in pods if pod.phase == "Failed"]
+    if failed:
         reason, message, _ = describe_failure(job, words)
-        cause = "its pod was evicted" if pod.disrupted else f"{reason}: {message}"
-        return _work_on(words, words.phase, RETRYING, f"{cause}; a new pod is started", warning=True)
-    blocked = _describe_waiting(pod, surroundings)
-    if blocked is None:
-        return None
-    return _work_on(words, "Pending", *blocked, warning=True)
+        cause = "its pod was evicted" if max(failed, key=_weigh_end).disrupted else f"{reason}: {message}"
+        again = (
+            "a new pod is started" if wanted.nodes == 1 else f"all {wanted.nodes} pods go back to the last checkpoint"
+        )
+        return _work_on(words, words.phase, RETRYING, f"{cause}; {again}", warning=True)
+    # A container that has just ended shows before its pod has, and the pod before its Job: all of that is still work.
+    if len(pods) >= wanted.nodes and all(pod.phase in ("Running", "Succeeded") for pod in pods):
+        return _work_on(words, words.phase, words.reason, f"Job {wanted.name} {words.does}")
+    return None
 
 
 def _work_on(words: Wording, phase: str, reason: str, message: str, *, warning: bool = False) -> Standing:
@@ -444,8 +469,10 @@ def _decide_complete(wanted: EnsureJob, job: ObservedJob, words: Wording) -> Cou
 
 def describe_failure(job: ObservedJob, words: Wording) -> tuple[str, str, ExitCode | None]:
     """Gives reason, message and exit code of a Job's latest failure: the recipe's own words where it left some."""
-    ended = [pod for pod in job.pods if pod.exit_code not in (None, 0)]
-    pod = max(ended, key=lambda one: (one.created, one.name), default=None)
+    # Of pods that work together the first to end is looked for; the others have only followed it.
+    ended = [pod for pod in job.latest_pods if pod.exit_code not in (None, 0)]
+    earlier = [pod for pod in job.pods if pod.exit_code not in (None, 0)]
+    pod = max(ended, key=_weigh_end, default=max(earlier, key=lambda one: (one.created, one.name), default=None))
     if pod is None or pod.exit_code is None:
         reason = job.failed_reason or "JobFailed"
         return reason, job.failed_message or f"Job {job.name} failed and its pods are gone", None
@@ -460,6 +487,15 @@ def describe_failure(job: ObservedJob, words: Wording) -> tuple[str, str, ExitCo
         return failure.reason, failure.message, code
     reason = code.reason if code is not None else "JobFailed"
     return reason, f"the container ended with code {pod.exit_code}; see kubectl logs {pod.name}", code
+
+
+def _weigh_end(pod: ObservedPod) -> int:
+    """Orders the ends of pods that worked together: the greatest is the cause of the others."""
+    if pod.disrupted:
+        return 2
+    if pod.exit_code == ExitCode.PEER_LOST:
+        return 0
+    return 1 if pod.exit_code == ExitCode.TERMINATED else 3
 
 
 def parse_summary(message: str) -> Summary | None:

@@ -15,7 +15,7 @@ from attune.adapters.cluster import (
 from attune.contract.job import Owner
 from attune.domain.actions import EnsureJob
 from attune.errors import AlreadyExists, Conflict, NotOurs
-from attune.render.job import build_config_map, build_job
+from attune.render.job import build_config_map, build_gang_service, build_job
 from attune.render.names import LABEL_QUEUE
 from attune.settings import Settings
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
-    """Makes a Job and its ConfigMap exist, running or suspended; tells whether anything was written.
+    """Makes a Job and what its pods need exist, running or suspended; tells whether anything was written.
 
     A Job in a queue is created and never changed, and none is resumed that somebody else has suspended.
 
@@ -33,6 +33,8 @@ def ensure_job(cluster: Cluster, settings: Settings, action: EnsureJob) -> bool:
     owner = action.spec.owner
     # job.json first: a pod without it could not start.
     wrote = _ensure_config(cluster, owner, build_config_map(action))
+    if action.nodes > 1:
+        wrote = ensure_created(cluster, owner, build_gang_service(action)) is None or wrote
     present = ensure_created(cluster, owner, build_job(action, settings))
     if present is None:
         _log.info("created", extra={"object": f"Job/{action.name}", "namespace": owner.namespace})

@@ -11,6 +11,7 @@ from attune.adapters.cluster import (
     EVENT,
     JOB,
     POD,
+    SERVICE,
     Cluster,
     Object,
     is_owned_by,
@@ -32,7 +33,7 @@ from attune.errors import Refused
 from attune.reconcile.ensure import find_suspender
 from attune.reconcile.observe_queue import observe_queue
 from attune.render.job import CONTAINER
-from attune.render.names import LABEL_OWNER_UID
+from attune.render.names import ANNOTATION_INDEX, LABEL_OWNER_UID
 from attune.settings import Settings
 
 _R = TypeVar("_R", bound=Resource)
@@ -171,7 +172,7 @@ def observe_jobs(cluster: Cluster, resource: Resource) -> tuple[ObservedJob, ...
         observe_job(
             body,
             pods,
-            config_present=_has_config(cluster, body, uid),
+            config_present=_has_what_it_needs(cluster, body, uid),
             queue=observe_queue(cluster, body),
             refusal=_find_refusal(cluster, body, pods),
         )
@@ -179,21 +180,29 @@ def observe_jobs(cluster: Cluster, resource: Resource) -> tuple[ObservedJob, ...
     )
 
 
-def _has_config(cluster: Cluster, job: Object, uid: str) -> bool:
-    """Tells whether a Job that may still start a pod has its job.json."""
+def _has_what_it_needs(cluster: Cluster, job: Object, uid: str) -> bool:
+    """Tells whether a Job that may still start a pod has its job.json and, with several pods, their Service."""
     if is_true(job, "Complete") or is_true(job, "Failed"):
         return True
-    config = cluster.get(CONFIG_MAP, job["metadata"]["namespace"], job["metadata"]["name"])
-    return config is not None and is_owned_by(config, uid)
+    namespace = job["metadata"]["namespace"]
+    needed = [(CONFIG_MAP, job["metadata"]["name"])]
+    service = job["spec"]["template"]["spec"].get("subdomain")
+    if service is not None:
+        needed.append((SERVICE, service))
+    found = (cluster.get(kind, namespace, name) for kind, name in needed)
+    return all(one is not None and is_owned_by(one, uid) for one in found)
 
 
 def _find_refusal(cluster: Cluster, job: Object, pods: list[Object]) -> str | None:
-    """Finds what the API server says to the Job controller where that may not create a pod: only its Event has it."""
+    """Finds what the API server says to the Job controller where that may not create a pod: only its Event has it.
+
+    None once the Job has had every pod that it is to have at a time.
+    """
     metadata, started = job["metadata"], (job.get("status") or {}).get("startTime")
     ended = is_true(job, "Complete") or is_true(job, "Failed")
     if started is None or ended or job["spec"].get("suspend"):
         return None
-    if any(is_owned_by(pod, metadata["uid"]) for pod in pods):
+    if len({read_index(pod) for pod in pods if is_owned_by(pod, metadata["uid"])}) >= job["spec"].get("parallelism", 1):
         return None
     fields = {"involvedObject.uid": metadata["uid"], "reason": "FailedCreate"}
     try:
@@ -246,6 +255,7 @@ def observe_pod(body: Object) -> ObservedPod:
         name=metadata["name"],
         created=metadata["creationTimestamp"],
         phase=status.get("phase") or "Unknown",
+        index=read_index(body),
         ip=status.get("podIP"),
         image=image,
         image_id=container.get("imageID") or None,
@@ -257,6 +267,11 @@ def observe_pod(body: Object) -> ObservedPod:
         termination_message=terminated.get("message"),
         disrupted=is_true(body, "DisruptionTarget"),
     )
+
+
+def read_index(pod: Object) -> int:
+    """Gives which one of an Indexed Job's pods this is; 0 for the pod of any other Job."""
+    return int((pod["metadata"].get("annotations") or {}).get(ANNOTATION_INDEX, 0))
 
 
 def read_unschedulable(pod: Object) -> str | None:

@@ -5,8 +5,10 @@ from typing import Any, Final, Protocol
 from attune.api.meta import PodResources
 from attune.contract.environment import (
     ATTEMPT_UID,
+    GANG_PORT,
     JOB_FILE,
     JOB_FILE_VARIABLE,
+    LEADER_HOST,
     PROGRESS_PORT,
     STORE_ACCESS_KEY,
     STORE_ENDPOINT,
@@ -16,12 +18,21 @@ from attune.contract.environment import (
     STORE_SECRET_REQUIRED,
     TERMINATION_MESSAGE_FILE,
     TERMINATION_MESSAGE_VARIABLE,
+    TRAINING_PORT,
     WORK_DIRECTORY_VARIABLE,
     source_variable,
 )
 from attune.contract.exitcode import KILLED, Disposition, ExitCode
 from attune.contract.job import JobSpec
-from attune.render.names import LABEL_QUEUE, LABEL_WORKLOAD_PRIORITY, build_labels, build_owner_reference
+from attune.render.names import (
+    LABEL_COMPONENT,
+    LABEL_OWNER_UID,
+    LABEL_QUEUE,
+    LABEL_WORKLOAD_PRIORITY,
+    build_gang_service_name,
+    build_labels,
+    build_owner_reference,
+)
 from attune.settings import Settings
 
 CONTAINER: Final = "recipe"
@@ -73,6 +84,10 @@ class JobRequest(Protocol):
     def priority_class(self) -> str | None:
         """PriorityClass of the pod."""
 
+    @property
+    def nodes(self) -> int:
+        """How many pods work together."""
+
 
 def build_config_map(request: JobRequest) -> dict[str, Any]:
     """Builds the immutable ConfigMap that holds job.json, owned by the custom resource."""
@@ -95,6 +110,7 @@ def build_job(request: JobRequest, settings: Settings) -> dict[str, Any]:
     """Builds the Job, fit for Pod Security `restricted`."""
     owner = request.spec.owner
     labels = build_labels(owner, request.spec.recipe.recipe)
+    several = request.nodes > 1
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -107,8 +123,10 @@ def build_job(request: JobRequest, settings: Settings) -> dict[str, Any]:
         },
         "spec": {
             "backoffLimit": BACKOFF_LIMIT,
-            "completions": 1,
-            "parallelism": 1,
+            "completions": request.nodes,
+            "parallelism": request.nodes,
+            # Each pod has an index then, and a host name that ends with it.
+            **({"completionMode": "Indexed"} if several else {}),
             # What is in a queue begins when Kueue says so.
             "suspend": request.suspended or request.queue is not None,
             # A second pod while the first still saves its checkpoint would train the same steps twice.
@@ -125,6 +143,34 @@ def build_job(request: JobRequest, settings: Settings) -> dict[str, Any]:
                 },
                 "spec": _build_pod(request, settings),
             },
+        },
+    }
+
+
+def build_gang_service(request: JobRequest) -> dict[str, Any]:
+    """Builds the headless Service that gives the pods of a Job host names: "<job>-0.<service>.<namespace>.svc".
+
+    They are to find each other before any of them is ready, and an index that is begun again keeps its name.
+    """
+    owner = request.spec.owner
+    component = request.spec.recipe.recipe
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": build_gang_service_name(owner),
+            "namespace": owner.namespace,
+            "labels": build_labels(owner, component),
+            "ownerReferences": [build_owner_reference(owner)],
+        },
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_OWNER_UID: owner.uid, LABEL_COMPONENT: component},
+            "ports": [
+                {"name": "gang", "port": GANG_PORT, "protocol": "TCP"},
+                {"name": "training", "port": TRAINING_PORT, "protocol": "TCP"},
+            ],
         },
     }
 
@@ -188,6 +234,8 @@ def _build_pod(request: JobRequest, settings: Settings) -> dict[str, Any]:
             {"name": "scratch", "emptyDir": {}},
         ],
     }
+    if request.nodes > 1:
+        pod["subdomain"] = build_gang_service_name(request.spec.owner)
     if request.priority_class is not None:
         pod["priorityClassName"] = request.priority_class
     if settings.image_pull_secrets:
@@ -203,6 +251,9 @@ def _build_environment(request: JobRequest, settings: Settings) -> list[dict[str
         "HOME": _TEMPORARY,
         **build_thread_environment(request.resources),
     }
+    if request.nodes > 1:
+        owner = request.spec.owner
+        plain[LEADER_HOST] = f"{request.name}-0.{build_gang_service_name(owner)}.{owner.namespace}.svc"
     return [
         *({"name": name, "value": value} for name, value in plain.items()),
         {"name": ATTEMPT_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}},

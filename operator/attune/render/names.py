@@ -1,5 +1,6 @@
 """Labels and owner references of everything that the operator creates."""
 
+import hashlib
 from typing import Any, Final
 
 from attune.api.meta import GROUP, VERSION
@@ -16,6 +17,9 @@ LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 LABEL_WORKLOAD_PRIORITY: Final = "kueue.x-k8s.io/priority-class"
 LABEL_JOB_UID: Final = "kueue.x-k8s.io/job-uid"
 
+# The Job controller's, on the pods of an Indexed Job: which of them this is.
+ANNOTATION_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+
 COMPONENT_SERVE: Final = "serve"
 
 
@@ -31,6 +35,14 @@ def build_labels(owner: Owner, component: str) -> dict[str, str]:
         LABEL_NAME: owner.name,
         LABEL_OWNER_UID: owner.uid,
     }
+
+
+def build_gang_service_name(owner: Owner) -> str:
+    """Names the Service through which pods of one Job find each other: one for all Jobs of an owner.
+
+    Not after the owner itself: a Service's name has to begin with a letter.
+    """
+    return f"gang-{hashlib.sha256(owner.uid.encode()).hexdigest()[:12]}"
 
 
 def build_owner_reference(owner: Owner) -> dict[str, Any]:

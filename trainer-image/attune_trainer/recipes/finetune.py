@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,21 +12,23 @@ from pathlib import Path
 from typing import Any, Final
 
 import attune
+from attune.contract.exitcode import ExitCode
 from attune.contract.job import DatasetInput, FinetuneRecipe
 from attune.contract.result import Estimate, FinetuneResult
-from attune.contract.training import Method, NoiseKind, Precision
+from attune.contract.training import Distributed, Method, NoiseKind, Precision
 
 from attune_trainer.augmentation.augmenter import TALKERS
 from attune_trainer.augmentation.recordings import LONGEST_NOISE_SECONDS, LONGEST_ROOM_SECONDS, fetch_recordings
 from attune_trainer.data.dataset import DatasetManifest, Utterance, audio_name, fetch_audio, load_manifest
 from attune_trainer.decimals import decimal_string
-from attune_trainer.failures import InvalidInput, RecipeFailure, Terminated
-from attune_trainer.job import RecipeContext
+from attune_trainer.failures import InvalidInput, PeerLost, RecipeFailure, StoreUnavailable, Terminated
+from attune_trainer.job import RecipeContext, read_published
 from attune_trainer.lineage import MAX_GENERATIONS, Generation, TrainedOn, read_history
 from attune_trainer.store import digest_directory, digest_weights, fetch_model
 from attune_trainer.training import checkpoints
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.corpus import choose_corpus
+from attune_trainer.training.gang import Gang, Place, open_gang
 from attune_trainer.training.launch import TrainingProcesses, count_gpus
 from attune_trainer.training.licence import read_licence
 from attune_trainer.training.report import (
@@ -46,6 +50,10 @@ from attune_trainer.training.settings import (
 _log = logging.getLogger(__name__)
 
 _CURVE_FILE: Final = "curve.json"
+# Several pods.
+_LOOK_SECONDS: Final = 2.0  # between two looks into the store
+_PART_SECONDS: Final = 600.0  # for another pod's part of a checkpoint
+_FREE_LOSSES: Final = 3  # without a checkpoint in between
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,12 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
     """Trains, and publishes what came out below <output prefix>/<attempt uid>.
 
     An attempt goes on from the newest unharmed checkpoint below the checkpoint prefix; they are all removed once the
-    Result is in the store.
+    Result is in the store. Of several pods the first publishes, and the others end once its Result is there.
 
     Raises:
-        RecipeFailure: with exit code DIVERGED, OUT_OF_MEMORY, UNSUPPORTED_MODEL, INVALID_INPUT, or the store's.
-        Terminated: after a checkpoint, when the pod was asked to end.
+        RecipeFailure: with exit code DIVERGED, OUT_OF_MEMORY, UNSUPPORTED_MODEL, INVALID_INPUT, GANG_INCOMPLETE,
+            PEER_LOST, or the store's.
+        Terminated: after a checkpoint, when this pod or another one of the run was asked to end.
     """
     processes = recipe.distributed.processes_per_node
     gpus = count_gpus()
@@ -80,32 +89,107 @@ def run(recipe: FinetuneRecipe, context: RecipeContext) -> FinetuneResult:
             "pod one with nvidia.com/gpu in spec.resources.limits"
         )
         raise InvalidInput("PrecisionUnsupported", message)
+    nodes = recipe.distributed.nodes
+    place = Place.from_environment(nodes) if nodes > 1 else None
     context.reporter.update(stage="Downloading", percent=0)
-    with TrainingProcesses(context.directory("training"), processes) as training:
-        inputs = _fetch_inputs(recipe, context, training.stop_file)
+    try:
+        with open_gang(place, context.attempt_uid) as gang:
+            inputs, outcome = _train(recipe, context, place, gang)
+            if not gang.leads:
+                return _await_published(context, gang)
+            checkpoint_prefix = f"{recipe.checkpoint_prefix.rstrip('/')}/"
+            context.once_published.append(lambda: checkpoints.delete_all(context.store, checkpoint_prefix))
+            return _publish(recipe, context, inputs, outcome)
+    except _PublishedElsewhere as elsewhere:
+        return elsewhere.result
+    except RecipeFailure as failure:
+        if failure.code is ExitCode.PEER_LOST and place is not None and place.index == 0:
+            _check_losses(recipe, context)
+        raise
+
+
+class _PublishedElsewhere(Exception):  # noqa: N818 (no error: there is nothing left to do)
+    """Another pod of the run has published the Result."""
+
+    def __init__(self, result: FinetuneResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+def _train(
+    recipe: FinetuneRecipe, context: RecipeContext, place: Place | None, gang: Gang
+) -> tuple[_Inputs, dict[str, Any]]:
+    """Trains to the end; gives what the run began with and what the training processes said of its end."""
+    directory, processes = context.directory("training"), recipe.distributed.processes_per_node
+    with TrainingProcesses(directory, processes, place) as training:
+        inputs = _fetch_inputs(recipe, context, training.stop_file, gang)
         context.raise_if_stopped()
         training.begin(inputs.settings)
-        follower = _Follower(recipe, context)
+        if not gang.leads:
+            context.reporter.update(stage="Training", percent=20)
+        follower = _Follower(recipe, context, gang)
         try:
-            training.follow(follower.on_event, context.stop.is_set)
+            training.follow(follower.on_event, context.stop.is_set, gang.raise_if_lost)
         except Terminated:
             follower.finish(strict=True)  # what is not in the store now is lost with the pod
             raise
         except RecipeFailure:
             follower.finish(strict=False)
             raise
+        gang.finish_training()
         follower.finish(strict=False)
-    checkpoint_prefix = f"{recipe.checkpoint_prefix.rstrip('/')}/"
-    context.once_published.append(lambda: checkpoints.delete_all(context.store, checkpoint_prefix))
-    return _publish(recipe, context, inputs, follower.outcome)
+    return inputs, follower.outcome
+
+
+def _await_published(context: RecipeContext, gang: Gang) -> FinetuneResult:
+    """Waits until the first pod has published, and gives its Result: until then this pod may be needed again.
+
+    Raises:
+        PeerLost: when the first pod goes before it has.
+    """
+    context.reporter.update(stage="Waiting", percent=95)
+    while True:
+        lost = None
+        try:
+            gang.raise_if_lost()
+        except PeerLost as error:  # perhaps since it is done
+            lost = error
+        published = _read_published(context)
+        if published is not None:
+            return published
+        if lost is not None:
+            raise lost
+        context.raise_if_stopped()
+        context.stop.wait(_LOOK_SECONDS)
+
+
+def _read_published(context: RecipeContext) -> FinetuneResult | None:
+    published = read_published(context.spec, context.store)
+    return published if isinstance(published, FinetuneResult) else None
+
+
+def _check_losses(recipe: FinetuneRecipe, context: RecipeContext) -> None:
+    """Passes while losing other pods is bad luck: their ends cost the retries, and this one's costs none.
+
+    Raises:
+        RecipeFailure: GangIncomplete, which costs one, when pods lose each other and none of them gets anywhere.
+    """
+    losses = checkpoints.count_loss(context.store, recipe.checkpoint_prefix)
+    if losses > _FREE_LOSSES:
+        message = (
+            f"the pods of this run have lost each other {losses} times without a checkpoint in between; see what their "
+            "logs say, and whether their network holds connections; spec.checkpoint.everySteps makes more checkpoints"
+        )
+        raise RecipeFailure(ExitCode.GANG_INCOMPLETE, "GangIncomplete", message)
 
 
 class _Follower:
     """Turns events of the training processes into progress, and uploads checkpoints while training goes on."""
 
-    def __init__(self, recipe: FinetuneRecipe, context: RecipeContext) -> None:
+    def __init__(self, recipe: FinetuneRecipe, context: RecipeContext, gang: Gang) -> None:
         self._recipe = recipe
         self._context = context
+        self._gang = gang
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._uploads: list[Future[None]] = []
         self.outcome: dict[str, Any] = {}
@@ -139,12 +223,23 @@ class _Follower:
             _log.warning("a checkpoint was not uploaded", extra={"error": type(error).__name__})
 
     def _upload(self, folder: Path) -> None:
-        checkpoints.upload(self._context.store, folder, self._recipe.checkpoint_prefix, self._recipe.checkpoint.keep)
+        deadline = time.monotonic() + _PART_SECONDS
+
+        def wait() -> None:
+            self._gang.raise_if_lost()
+            if time.monotonic() > deadline:
+                message = f"a pod has not uploaded its part of a checkpoint within {_PART_SECONDS / 60:.0f} min"
+                raise StoreUnavailable("CheckpointIncomplete", message)
+            _pause.wait(_LOOK_SECONDS / 4)
+
+        checkpoints.upload(
+            self._context.store, folder, self._recipe.checkpoint_prefix, self._recipe.checkpoint.keep, wait
+        )
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path) -> _Inputs:
-    """Brings model, audio and the newest checkpoint to the disk."""
+def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Path, gang: Gang) -> _Inputs:
+    """Brings model, audio and the newest checkpoint to the disk; of several pods, each to its own."""
     store = context.store
     base = fetch_model(store, recipe.base.uri, context.directory("base"), recipe.base.digest)
     base_digest = recipe.base.digest or digest_directory(base)
@@ -157,7 +252,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
     _fetch_audio(context, corpus.utterances(), folder, (3.0, 9.0))
     noises, rooms = _fetch_recordings(recipe, context, len(corpus.train))
     mark = mark_run(recipe, base_digest, (*noises, *rooms))
-    resume = checkpoints.download_newest(store, recipe.checkpoint_prefix, context.directory("resume"), mark)
+    resume = _agree_on_checkpoint(recipe, context, gang, mark)
     # An attempt of the same pod that died may have left some.
     shutil.rmtree(context.directory("checkpoints"))
     retention = recipe.retention
@@ -181,6 +276,7 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
         resume=resume,
         output=context.directory("output"),
         stop_file=stop_file,
+        mark=gang.mark,
         augmentation=recipe.augmentation,
         noises=noises,
         rooms=rooms,
@@ -206,6 +302,40 @@ def _fetch_inputs(recipe: FinetuneRecipe, context: RecipeContext, stop_file: Pat
             f"{recipe.datasets[number].name}/{one.block(manifests[number].by)}" for number, one in corpus.validation
         ),
     )
+
+
+def _agree_on_checkpoint(recipe: FinetuneRecipe, context: RecipeContext, gang: Gang, mark: str) -> Path | None:
+    """Brings the checkpoint to the disk that all pods go on from, once all of them are there.
+
+    Raises:
+        RecipeFailure: CheckpointDamaged, when it does not arrive here as it did elsewhere; GangIncomplete, PeerLost.
+        _PublishedElsewhere: when the others are done already.
+    """
+    store, prefix, directory = context.store, recipe.checkpoint_prefix, context.directory("resume")
+
+    def download(name: str | None) -> Path | None:
+        if name is None:
+            return checkpoints.download_newest(store, prefix, directory, mark)
+        found = checkpoints.download(store, prefix, name, directory, mark)
+        if found is None:
+            message = f"checkpoint {name}, which the first pod goes on from, is gone or has not arrived unharmed"
+            raise StoreUnavailable("CheckpointDamaged", message)
+        return found
+
+    looked = time.monotonic()
+
+    def check() -> None:
+        nonlocal looked
+        context.raise_if_stopped()
+        if time.monotonic() - looked > _LOOK_SECONDS and not gang.leads:
+            looked = time.monotonic()
+            published = _read_published(context)
+            if published is not None:
+                raise _PublishedElsewhere(published)
+
+    if recipe.distributed.nodes > 1:
+        context.reporter.update(stage="Gathering", percent=9)
+    return gang.agree(download, check)
 
 
 def _fetch_recordings(
@@ -284,7 +414,11 @@ def mark_run(recipe: FinetuneRecipe, base_digest: str, recordings: Sequence[Path
     return fingerprint(
         base_digest,
         *(dataset.revision for dataset in recipe.datasets),
-        *(part.model_dump_json(exclude_none=True) for part in parts if part is not None),
+        *(
+            part.model_dump_json(exclude_none=True, exclude=set(part.unsaid) if isinstance(part, Distributed) else None)
+            for part in parts
+            if part is not None
+        ),
         recipe.padding,
         *(() if recipe.method is Method.LORA else (recipe.method,)),
         *((json.dumps(shares),) if any(shares) else ()),
@@ -396,3 +530,6 @@ def _publish_report(report: TrainingReport, context: RecipeContext, prefix: str)
         return None
     context.publish(f"{prefix}/README.md", card, "text/markdown; charset=utf-8")
     return context.publish(f"{prefix}/report.html", page, "text/html; charset=utf-8")
+
+
+_pause = threading.Event()  # never set: wait() is a sleep that a test may cut short

@@ -1,8 +1,10 @@
 """Checkpoints: complete and unharmed, or not used."""
 
+import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +12,7 @@ from attune.contract.exitcode import ExitCode
 from attune.contract.result import Estimate, Hardware
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from attune_trainer.failures import RecipeFailure
+from attune_trainer.failures import NotFound, RecipeFailure
 from attune_trainer.store import Store, digest_file
 from attune_trainer.training.course import Course
 
@@ -20,6 +22,7 @@ STATE_FILE: Final = "state.json"
 SEAL_FILE: Final = "seal.json"
 BEST_FILE: Final = "best.safetensors"
 ENGINE_FOLDER: Final = "engine"
+LOSSES_FILE: Final = "losses.json"  # beside the checkpoints
 
 # Of each utterance of the validation split: hits, substitutions, deletions, insertions.
 Counts = tuple[tuple[int, int, int, int], ...]
@@ -85,9 +88,19 @@ class TrainingState(BaseModel):
         return told[-1] if told else {}
 
 
-def seal(folder: Path) -> None:
-    """Writes down the SHA-256 of every file of a checkpoint; without this file it counts as unfinished."""
-    digests = {name: digest_file(folder / name) for name in _files(folder)}
+def digest_part(folder: Path) -> dict[str, str]:
+    """Gives the SHA-256 of every file of a checkpoint that is on this disk, by its name."""
+    return {name: digest_file(folder / name) for name in _files(folder)}
+
+
+def seal(folder: Path, parts: Iterable[Mapping[str, str]] = ()) -> None:
+    """Writes down the SHA-256 of every file of a checkpoint; without this file it counts as unfinished.
+
+    Args:
+        folder: what of the checkpoint is on this disk.
+        parts: names and digests of what is on others'.
+    """
+    digests = {name: digest for part in (*parts, digest_part(folder)) for name, digest in part.items()}
     (folder / SEAL_FILE).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
 
 
@@ -111,28 +124,44 @@ def read_sealed(folder: Path, expected_fingerprint: str) -> TrainingState | None
     return state
 
 
-def folder_name(step: int, epoch: int) -> str:
+def folder_name(step: int, epoch: int, mark: str = "") -> str:
     """Names a checkpoint's folder so that names sort by age.
 
     The last step of an epoch has two, before and after its validation: (12, 0) -> "step-00000012-0000", then
-    (12, 1) -> "step-00000012-0001".
+    (12, 1) -> "step-00000012-0001". A mark keeps apart what pods of different attempts upload of the same step.
     """
-    return f"step-{step:08d}-{epoch:04d}"
+    return f"step-{step:08d}-{epoch:04d}" + (f"-{mark}" if mark else "")
 
 
-def upload(store: Store, folder: Path, prefix: str, keep: int) -> None:
+def upload(store: Store, folder: Path, prefix: str, keep: int, wait: Callable[[], None] = lambda: None) -> None:
     """Uploads a checkpoint, its seal last, and removes those that are older than the newest `keep`.
 
-    The one just uploaded stays even where `keep` later ones are there: those could not be gone on from.
+    Of several pods each uploads its own part, and the one that has the seal waits for those of the others. The one
+    just uploaded stays even where `keep` later ones are there: those could not be gone on from.
+
+    Args:
+        store: of the namespace.
+        folder: what of it is on this disk; without a seal it is another pod's to complete.
+        prefix: of all checkpoints of the run.
+        keep: how many stay.
+        wait: called between two looks for other pods' parts; what it raises ends the waiting.
     """
-    target = f"{prefix.rstrip('/')}/{folder.name}"
+    root = prefix.rstrip("/")
+    target = f"{root}/{folder.name}"
     for name in _files(folder):
         store.upload_file(folder / name, f"{target}/{name}")
+    if not (folder / SEAL_FILE).exists():
+        return
+    sealed = set(json.loads((folder / SEAL_FILE).read_bytes()))
+    while sealed - {key.removeprefix(f"{target}/") for key in store.list(f"{target}/")}:
+        wait()
     store.upload_file(folder / SEAL_FILE, f"{target}/{SEAL_FILE}")
-    for old in _stored_steps(store, prefix)[keep:]:
-        if old == folder.name:
-            continue
-        delete_all(store, f"{prefix.rstrip('/')}/{old}/")
+    steps = _stored_steps(store, prefix)
+    # What has no seal and is later may be in the making, by pods that are ahead of this one.
+    unfinished = [old for old in _stored_folders(store, prefix) if old < min(steps[:keep][-1], folder.name)]
+    for old in (*steps[keep:], *(old for old in unfinished if old not in steps)):
+        if old != folder.name:
+            delete_all(store, f"{root}/{old}/")
 
 
 def delete_all(store: Store, prefix: str) -> None:
@@ -148,19 +177,50 @@ def download_newest(store: Store, prefix: str, directory: Path, expected_fingerp
         RecipeFailure: StoreUnavailable; to begin anew instead would cost all that was done.
     """
     for name in _stored_steps(store, prefix):
-        folder = directory / name
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            store.download_prefix(f"{prefix.rstrip('/')}/{name}/", folder)
-        except RecipeFailure as failure:
-            if failure.code is ExitCode.STORE_UNAVAILABLE:
-                raise
-            _log.warning("checkpoint not downloaded", extra={"checkpoint": name, "reason": failure.reason})
-            continue
-        if read_sealed(folder, expected_fingerprint) is not None:
+        folder = download(store, prefix, name, directory, expected_fingerprint)
+        if folder is not None:
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def download(store: Store, prefix: str, name: str, directory: Path, expected_fingerprint: str) -> Path | None:
+    """Gives the checkpoint of this name when it is complete, unharmed and of this very run; None otherwise.
+
+    Raises:
+        RecipeFailure: StoreUnavailable.
+    """
+    folder = directory / name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        store.download_prefix(f"{prefix.rstrip('/')}/{name}/", folder)
+    except RecipeFailure as failure:
+        if failure.code is ExitCode.STORE_UNAVAILABLE:
+            raise
+        _log.warning("checkpoint not downloaded", extra={"checkpoint": name, "reason": failure.reason})
+        return None
+    if read_sealed(folder, expected_fingerprint) is not None:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def count_loss(store: Store, prefix: str) -> int:
+    """Counts that the pods of a run have lost each other; gives how often they have since the newest checkpoint."""
+    key = f"{prefix.rstrip('/')}/{LOSSES_FILE}"
+    newest = next(iter(_stored_steps(store, prefix)), "")
+    before = {}
+    with contextlib.suppress(NotFound, ValueError):
+        before = json.loads(store.read_bytes(key))
+    count = 1 + (int(before["count"]) if before.get("checkpoint") == newest else 0)
+    store.write_bytes(key, json.dumps({"checkpoint": newest, "count": count}).encode(), "application/json")
+    return count
+
+
+def _stored_folders(store: Store, prefix: str) -> list[str]:
+    """Lists names of checkpoints in the store, finished or not, the oldest first."""
+    root = f"{prefix.rstrip('/')}/"
+    tails = (key.removeprefix(root) for key in store.list(root))
+    return sorted({tail.partition("/")[0] for tail in tails if "/" in tail})
 
 
 def _stored_steps(store: Store, prefix: str) -> list[str]:

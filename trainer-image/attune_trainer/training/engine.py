@@ -30,6 +30,17 @@ def distributed() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
+def is_peer_lost(error: BaseException) -> bool:
+    """Tells whether an exception, or one that led to it, means that another training process is no longer there."""
+    reached: BaseException | None = error
+    while reached is not None:
+        # gloo has no class of its own: its errors name the source file that they come from.
+        if isinstance(reached, torch.distributed.DistError) or "gloo/" in str(reached):
+            return True
+        reached = reached.__cause__ or reached.__context__
+    return False
+
+
 def build_engine(objective: nn.Module, settings: TrainingSettings, dtype: torch.dtype) -> Any:
     """Sets up DeepSpeed with torch's own optimiser, whose kernels are compiled already.
 

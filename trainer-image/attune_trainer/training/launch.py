@@ -16,15 +16,18 @@ from typing import Any, Final, Self
 
 from attune.contract.exitcode import ExitCode
 
-from attune_trainer.failures import OutOfMemory, RecipeFailure, Terminated
+from attune_trainer.failures import OutOfMemory, PeerLost, RecipeFailure, Terminated
 from attune_trainer.processors import usable_processors
 from attune_trainer.training.events import EventReader
+from attune_trainer.training.gang import Place
 from attune_trainer.training.settings import TrainingSettings
 
 _log = logging.getLogger(__name__)
 
 # Of the launcher, which gives its child's on.
 _KILLED: Final = frozenset({-signal.SIGKILL, 256 - signal.SIGKILL, 128 + signal.SIGKILL})
+# NCCL ends a process like this whose peer is gone, wherever it is just then.
+_ABORTED: Final = frozenset({-signal.SIGABRT, 256 - signal.SIGABRT, 128 + signal.SIGABRT})
 _POLL_SECONDS: Final = 0.2
 _END_SECONDS: Final = 45  # the launcher gives its children 30 s
 
@@ -41,12 +44,13 @@ class TrainingProcesses:
     both happen at once.
     """
 
-    def __init__(self, directory: Path, processes: int) -> None:
+    def __init__(self, directory: Path, processes: int, place: Place | None = None) -> None:
         """Starts the launcher.
 
         Args:
             directory: for settings, pipe and stop file.
-            processes: how many train together, on this node.
+            processes: how many train in this pod.
+            place: which pod this is, where processes of several train together.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._settings = directory / "settings.json"
@@ -55,11 +59,15 @@ class TrainingProcesses:
         self.stop_file.unlink(missing_ok=True)
         pipe = directory / "events"
         self._events = EventReader(pipe)
-        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
+        self._place = place
+        nodes = {f"node-{index}": list(range(processes)) for index in range(place.nodes if place is not None else 1)}
+        world = base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
+        host, port = (place.leader_host, place.training_port) if place is not None else ("127.0.0.1", _free_port())
         self._launcher = subprocess.Popen(
             [
                 *(sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
-                *("--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--quiet", "--no_local_rank"),
+                f"--node_rank={place.index if place is not None else 0}",
+                *(f"--master_addr={host}", f"--master_port={port}", "--quiet", "--no_local_rank"),
                 *("--module", "attune_trainer.training.worker", str(self._settings), str(pipe)),
             ],
             env=_environment(processes),
@@ -73,12 +81,19 @@ class TrainingProcesses:
         partial.write_text(settings.model_dump_json(), encoding="utf-8")
         partial.replace(self._settings)
 
-    def follow(self, on_event: Callable[[dict[str, Any]], None], stop_wanted: Callable[[], bool]) -> None:
+    def follow(
+        self,
+        on_event: Callable[[dict[str, Any]], None],
+        stop_wanted: Callable[[], bool],
+        raise_if_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         """Passes events on until the processes have ended.
 
         Args:
             on_event: told of every event but the last word of a process that failed.
             stop_wanted: asked several times a second; once it says yes, training saves a checkpoint and ends.
+            raise_if_lost: called as often; what it raises ends the processes at once, since they wait for others that
+                are gone.
 
         Raises:
             Terminated: when training ended because it was asked to.
@@ -101,6 +116,12 @@ class TrainingProcesses:
             if stop_wanted():
                 self.stop_file.touch()
             ended = self._launcher.poll() is not None
+            if not ended:
+                try:
+                    raise_if_lost()
+                except PeerLost:
+                    os.killpg(self._launcher.pid, signal.SIGKILL)
+                    raise
         self._conclude(last_words, killed=killed)
 
     def _conclude(self, last_words: dict[str, dict[str, Any]], *, killed: bool) -> None:
@@ -114,6 +135,8 @@ class TrainingProcesses:
             raise RecipeFailure(ExitCode(failed["code"]), failed["reason"], failed["message"])
         if "stopped" in last_words:
             raise Terminated
+        if self._place is not None and code in _ABORTED:
+            raise PeerLost
         _check_exit_status(code)
 
     def __enter__(self) -> Self:

@@ -61,7 +61,7 @@ class Keeping(BaseModel):
 
 
 class TrainingSettings(BaseModel):
-    """Everything that a training process needs; paths are on the disk that all processes of the pod share."""
+    """Everything that a training process needs; paths are on the disk that the processes of its pod share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,6 +84,7 @@ class TrainingSettings(BaseModel):
     resume: Path | None  # a verified checkpoint to go on from
     output: Path  # gets MODEL_FOLDER, ADAPTER_FOLDER where there is an adapter, and the last TrainingState
     stop_file: Path  # exists once the run is to end after the current step
+    mark: str = ""  # of this attempt's checkpoints, where several pods upload a part of each
     augmentation: Augmentation | None = None
     noises: tuple[Path, ...] = ()  # own recordings for augmentation, mono at 16 kHz
     rooms: tuple[Path, ...] = ()  # own impulse responses, likewise

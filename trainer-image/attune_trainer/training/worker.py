@@ -22,7 +22,7 @@ from attune.contract.exitcode import ExitCode
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from attune_trainer.failures import RecipeFailure, from_exception, is_out_of_memory
+from attune_trainer.failures import PeerLost, RecipeFailure, from_exception, is_out_of_memory
 from attune_trainer.logs import configure_logging
 from attune_trainer.modeling.artifact import read_artifact
 from attune_trainer.modeling.families import load_model
@@ -34,7 +34,7 @@ from attune_trainer.training.batches import plan_epoch
 from attune_trainer.training.checkpoints import TrainingState
 from attune_trainer.training.consolidation import Consolidation, Importance
 from attune_trainer.training.course import Course
-from attune_trainer.training.engine import SHARES_WEIGHTS, build_engine, copy_trained, distributed
+from attune_trainer.training.engine import SHARES_WEIGHTS, build_engine, copy_trained, distributed, is_peer_lost
 from attune_trainer.training.epochs import Epochs, check_augmentation
 from attune_trainer.training.estimate import choose_probe, extrapolate
 from attune_trainer.training.events import EventWriter
@@ -69,6 +69,7 @@ class Training:
         self._parameters = settings.hyperparameters
         self._rank = int(os.environ.get("RANK", "0"))
         self._processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self._leads_pod = os.environ.get("LOCAL_RANK", "0") == "0"
         self._accumulation = self._parameters.gradient_accumulation or 1
         self._signalled = False
         self._device = torch.device(get_accelerator().current_device_name())
@@ -418,7 +419,7 @@ class Training:
         """Writes weights, optimiser, random state, position and best weights; complete once it is sealed."""
         self._check_weights()
         state = self._state
-        folder = self._settings.checkpoints / checkpoints.folder_name(state.step, state.epoch)
+        folder = self._settings.checkpoints / checkpoints.folder_name(state.step, state.epoch, self._settings.mark)
         scaler = self._engine.torch_autocast_z0_gradscaler  # of fp16 alone; DeepSpeed does not save it
         random_states: list[Any] = [None] * self._processes
         mine = {"host": torch.get_rng_state()}
@@ -428,7 +429,7 @@ class Training:
             torch.distributed.all_gather_object(random_states, mine)
         else:
             random_states = [mine]
-        if self._rank == 0:
+        if self._leads_pod:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         self._engine.save_checkpoint(
@@ -444,8 +445,19 @@ class Training:
             if self._best.is_file():
                 shutil.copyfile(self._best, folder / checkpoints.BEST_FILE)
             (folder / checkpoints.STATE_FILE).write_text(state.model_dump_json(), encoding="utf-8")
-            checkpoints.seal(folder)
-            self._tell("checkpoint", step=state.step, folder=str(folder))
+        self._seal(folder)
+        if self._leads_pod:
+            self._events.send("checkpoint", step=state.step, folder=str(folder))
+
+    def _seal(self, folder: Path) -> None:
+        """Seals a checkpoint of which each pod has a part on its own disk."""
+        parts: list[Any] = []
+        if self._settings.distributed.nodes > 1:
+            parts = [{}] * self._processes
+            mine = checkpoints.digest_part(folder) if self._leads_pod and self._rank else {}
+            torch.distributed.all_gather_object(parts, mine)
+        if self._rank == 0:
+            checkpoints.seal(folder, parts)
 
     def _resumed_state(self) -> TrainingState | None:
         if self._settings.resume is None:
@@ -569,7 +581,9 @@ def main(arguments: list[str]) -> int:
         _log.error("the Job's process is gone; training ends")
         return int(ExitCode.INTERNAL_ERROR)
     except Exception as error:  # noqa: BLE001 (the Job's process is told of every one)
-        failure = from_exception(error, "finetune")
+        # Within a pod the one that was lost says why, or the launcher does.
+        lost = int(os.environ.get("CROSS_SIZE", "1")) > 1 and is_peer_lost(error)
+        failure = PeerLost() if lost else from_exception(error, "finetune")
         if failure.code is ExitCode.INTERNAL_ERROR:
             _log.exception("training failed")
         events.send_failure(failure)
