@@ -65,7 +65,8 @@ class Decoders:
 
         A file that takes too long, or ends the process, gets DecodingTimedOut or DecoderFailed for what is left of it.
         """
-        process = self._idle.get() or _start()
+        idle = self._idle.get()
+        process = idle if idle is not None and idle.poll() is None else _start()
         timed_out = threading.Event()
 
         def end() -> None:
