@@ -142,6 +142,9 @@ class TestDirectory:
                         "no object",
                     ]
                 ),
+                "ben/4.wav": b"audio",
+                "ben/4.txt": "text beside",
+                "ben/4.json": json.dumps({"speaker": "Ben", "accent": "irish", "text": "another"}),
                 "calls/4.wav": b"audio",
                 "calls/5.wav": b"audio",
                 "calls/5.json": "[]",
@@ -153,6 +156,7 @@ class TestDirectory:
         assert [(one.speaker, one.group, one.labels, read_text(one)) for one in listing.found] == [
             ("anna", "anna", ("",), "plain text"),
             ("Anna K.", "anna", ("scots",), "described"),
+            ("Ben", "ben", ("irish",), "text beside"),
             ("calls", "calls", ("",), "hello"),
             ("calls", "calls", ("",), "hi"),
         ]
@@ -169,6 +173,13 @@ class TestDirectory:
             ("calls/3.m4a#1", "calls/3.m4a", 1),
         ]
         assert parties.rejected["anna/1.wav"] == parties.rejected["anna/2.flac"] == "LacksChannel"
+
+    def test_names_that_no_report_could_show_are_rejected_and_shown_all_the_same(self, folder: Path) -> None:
+        write(folder, {"good.wav": b"audio", "good.txt": "fine", "new\nline.wav": b"audio"})
+        (folder / b"caf\xe9.wav".decode("utf-8", "surrogateescape")).write_bytes(b"audio")
+        listing = Listing(folder, "Directory")
+        assert listing.texts == ["fine"]
+        assert listing.rejected == {"caf?.wav": "NameNotPrintable", "new?line.wav": "NameNotPrintable"}
 
 
 class TestKaldi:

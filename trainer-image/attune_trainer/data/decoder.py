@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -60,8 +60,8 @@ class Decoders:
             if process is not None:
                 _kill(process)
 
-    def cut_spans(self, path: Path, spans: Sequence[Span], bounds: Bounds) -> Iterator[Cut]:
-        """Does what audio.cut_spans does, in a process that may fail.
+    def cut_spans(self, path: Path, spans: Sequence[Span], bounds: Bounds) -> Generator[Cut, None, None]:
+        """Does what audio.cut_spans does, in a process that may fail. Close it where you do not take all.
 
         A file that takes too long, or ends the process, gets DecodingTimedOut or DecoderFailed for what is left of it.
         """

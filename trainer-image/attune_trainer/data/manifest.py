@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from attune.contract.job import SplitBy
 
-from attune_trainer.data.audio import AUDIO_SUFFIXES, Span
+from attune_trainer.data.audio import AUDIO_SUFFIXES
 from attune_trainer.data.files import SourceFile, relative_name
 from attune_trainer.data.listed import (
     ListedUtterance,
@@ -102,7 +102,8 @@ def list_directory(
     """Lists the audio files that have a transcript beside them, of the same name.
 
     A .txt is the text; a .json is an object with a manifest line's fields, without audio, or a list of such objects for
-    a recording of several utterances or channels. Where neither says who speaks, the folder does.
+    a recording of several utterances or channels. With both the .txt is the text. Where nothing says who speaks, the
+    folder does.
 
     Raises:
         RecipeFailure: SourceEmpty.
@@ -117,33 +118,18 @@ def list_directory(
         described, text = files.get(f"{stem}.json"), files.get(f"{stem}.txt")
         number += 1
         try:
-            if described is None:
-                yield _take_text(source, number, files[name], text, folder, wanted)
-                continue
-            fields = _read_sidecar(described)
+            fields = _read_sidecar(described) if described is not None else [{}]
         except RejectedLine as rejected:
             rejections.add(rejected.reason, source, number, name)
             continue
         for index, entry in enumerate(fields):
             number += index > 0
             place = name if len(fields) == 1 else f"{name}[{index}]"
+            sidecar = text if len(fields) == 1 else None
             try:
-                yield _read_entry(source, number, place, files[name], entry, folder, wanted)
+                yield _read_entry(source, number, place, files[name], entry, sidecar, folder, wanted)
             except RejectedLine as rejected:
                 rejections.add(rejected.reason, source, number, place)
-
-
-def _take_text(
-    source: int, number: int, audio: SourceFile, text: SourceFile | None, folder: str, wanted: Wanted
-) -> ListedUtterance:
-    if text is None:
-        raise RejectedLine("LacksText")
-    if wanted.per_speaker:
-        raise RejectedLine("LacksChannel")
-    labels = ("",) * len(wanted.slices)
-    return ListedUtterance(
-        source, number, audio.name, audio, Span(), None, text, speaker=folder, group=folder, labels=labels
-    )
 
 
 def _read_sidecar(file: SourceFile) -> list[Any]:
@@ -162,11 +148,18 @@ def _read_sidecar(file: SourceFile) -> list[Any]:
 
 
 def _read_entry(
-    source: int, number: int, place: str, audio: SourceFile, entry: Any, folder: str, wanted: Wanted
+    source: int,
+    number: int,
+    place: str,
+    audio: SourceFile,
+    entry: Any,
+    sidecar: SourceFile | None,
+    folder: str,
+    wanted: Wanted,
 ) -> ListedUtterance:
     if not isinstance(entry, dict):
         raise RejectedLine("NotJson")
-    text = _read_text(entry)
+    text = _read_text(entry) if sidecar is None else None
     span = read_span(entry, wanted)
     group = read_label(entry, "group")
     speaker = read_label(entry, "speaker")
@@ -181,7 +174,7 @@ def _read_entry(
         audio,
         span,
         text,
-        None,
+        sidecar,
         speaker=speaker,
         group=group or folder,
         labels=read_labels(entry, wanted.slices),

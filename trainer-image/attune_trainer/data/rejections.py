@@ -75,6 +75,8 @@ class Rejections:
             number: of the line or file in it; orders the examples.
             place: what a person looks for: "transcripts.jsonl:17" or a file's name.
         """
+        # File names may hold anything, and this is shown in statuses and logs.
+        place = "".join(character if character.isprintable() else "?" for character in place)
         if len(place) > _PLACE_CHARACTERS:
             place = f"...{place[3 - _PLACE_CHARACTERS :]}"
         with self._lock:

@@ -154,8 +154,7 @@ def _list(shard: SourceFile, source: int, rejections: Rejections) -> Iterator[So
         name = relative_name(written)
         reason = _refuse(member, name, names)
         if name is None or reason is not None:
-            place = written.encode("utf-8", "replace").decode()
-            rejections.add(reason or "PathLeavesSource", source, count, f"{shard.name}/{place}")
+            rejections.add(reason or "PathLeavesSource", source, count, f"{shard.name}/{written}")
             continue
         names.add(name)
         yield SourceFile(f"{shard.name}/{name}", size, origin, offset)
@@ -175,10 +174,8 @@ def _refuse(member: tarfile.TarInfo, name: str | None, names: set[str]) -> str |
         return "SpecialFileInArchive"
     if name is None:
         return "PathLeavesSource"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "NotUtf8"
+    if not name.isprintable():
+        return "NameNotPrintable"
     return "RepeatedInArchive" if name in names else None
 
 

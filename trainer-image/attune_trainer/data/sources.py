@@ -117,8 +117,10 @@ def _list_files(opened: OpenSource, scratch: Path, rejections: Rejections) -> di
             unpacked = scratch / f"{opened.index}-{shards}"
             for member in list_members(file, unpacked, opened.index, rejections):
                 _add(opened, files, member)
-        else:
+        elif file.name.isprintable():
             _add(opened, files, file)
+        else:  # no manifest, report or status could name it
+            rejections.add("NameNotPrintable", opened.index, 0, file.name)
     if not files and not rejections.count:
         raise NotFound("SourceEmpty", f"there is nothing below {opened.uri}; upload the audio or correct the address")
     return files

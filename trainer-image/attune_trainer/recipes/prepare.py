@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ _log = logging.getLogger(__name__)
 # Recordings in flight: enough to keep the threads busy, few enough to stop soon.
 _THREADS = min(16, max(4, 2 * (os.cpu_count() or 1)))
 _IN_FLIGHT = 4 * _THREADS
-_DECODERS = min(8, max(1, os.cpu_count() or 1))
+# The operator tells a container's CPU limit by OMP_NUM_THREADS.
+_DECODERS = min(8, max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)))
 _UTTERANCES = 4_000_000
 _REPORTED_PLACES = 20
 
@@ -215,15 +216,17 @@ class _Work:
         prepared = []
         try:
             self._download(recording.audio, path)
-            for cut in self._decoders.cut_spans(path, [one.span for _, one, _, _ in texts], self._bounds):
-                if self._context.stop.is_set():
-                    break
-                index, listed, text, sentence = texts[cut.index]
-                try:
-                    samples = self._conditions.apply(cut.unwrap(), cut.clipped, sentence)
-                    prepared.append((index, self._store(listed, text, sentence, samples)))
-                except RejectedLine as rejected:
-                    self._reject(rejected.reason, listed)
+            cuts = self._decoders.cut_spans(path, [one.span for _, one, _, _ in texts], self._bounds)
+            with closing(cuts):  # whatever happens here, its decoder goes back
+                for cut in cuts:
+                    if self._context.stop.is_set():
+                        break
+                    index, listed, text, sentence = texts[cut.index]
+                    try:
+                        samples = self._conditions.apply(cut.unwrap(), cut.clipped, sentence)
+                        prepared.append((index, self._store(listed, text, sentence, samples)))
+                    except RejectedLine as rejected:
+                        self._reject(rejected.reason, listed)
         except RejectedLine as rejected:
             for _, listed, _, _ in texts:
                 self._reject(rejected.reason, listed)
