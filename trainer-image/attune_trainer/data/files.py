@@ -4,6 +4,7 @@ import errno
 import os
 import posixpath
 import stat
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,11 @@ class ScratchOrigin:
         with path.open("wb") as target:
             for piece in file.pieces():
                 target.write(piece)
+
+
+def is_showable(name: str) -> bool:
+    """Tells whether a file's name can be shown: it has no control characters, and is UTF-8."""
+    return all(unicodedata.category(character) not in {"Cc", "Cs"} for character in name)
 
 
 def relative_name(name: str) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from attune_trainer.data.files import ScratchOrigin, ShardOrigin, SourceFile, relative_name
+from attune_trainer.data.files import ScratchOrigin, ShardOrigin, SourceFile, is_showable, relative_name
 from attune_trainer.data.rejections import RejectedLine, Rejections
 
 COMPRESSED: Final = (".tar.gz", ".tgz")
@@ -174,7 +174,7 @@ def _refuse(member: tarfile.TarInfo, name: str | None, names: set[str]) -> str |
         return "SpecialFileInArchive"
     if name is None:
         return "PathLeavesSource"
-    if not name.isprintable():
+    if not is_showable(name):
         return "NameNotPrintable"
     return "RepeatedInArchive" if name in names else None
 

@@ -23,8 +23,8 @@ _SLACK_SECONDS: Final = 0.1
 # Smaller changes than this are noise, and say nothing.
 _LEAST_CHANGE: Final = 2.0  # dB
 _LEAST_BITS: Final = 48
-# Share of what counts. Copies by GSM, AMR and AAC differ in 4 to 6 %, the same sentence by a synthesiser's other voices in
-# 14 % and more, other sentences in 36 %.
+# Share of what counts. Copies by GSM, AMR and AAC differ in 4 to 6 %, the same sentence by a synthesiser's other voices
+# in 14 % and more, other sentences in 36 %.
 _MOST_WRONG: Final = 0.09
 _FLOOR_DB: Final = -50.0  # below the loudest
 

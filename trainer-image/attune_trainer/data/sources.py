@@ -9,7 +9,7 @@ from attune.contract.environment import source_variable
 from attune.contract.job import ChannelUse, PrepareSource, SourceFormat, SplitBy
 
 from attune_trainer.data.audio import AUDIO_SUFFIXES
-from attune_trainer.data.files import LINE_BYTES, SourceFile, StoreOrigin, VolumeOrigin
+from attune_trainer.data.files import LINE_BYTES, SourceFile, StoreOrigin, VolumeOrigin, is_showable
 from attune_trainer.data.kaldi import list_kaldi
 from attune_trainer.data.listed import (
     ListedUtterance,
@@ -117,7 +117,7 @@ def _list_files(opened: OpenSource, scratch: Path, rejections: Rejections) -> di
             unpacked = scratch / f"{opened.index}-{shards}"
             for member in list_members(file, unpacked, opened.index, rejections):
                 _add(opened, files, member)
-        elif file.name.isprintable():
+        elif is_showable(file.name):
             _add(opened, files, file)
         else:  # no manifest, report or status could name it
             rejections.add("NameNotPrintable", opened.index, 0, file.name)
