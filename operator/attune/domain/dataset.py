@@ -167,7 +167,7 @@ def _build_steps(spec: DatasetSpec) -> dict[str, Any]:
         options |= {name: given[name] for name in _PLAIN if name in given}
         if step.step == "Normalize" and not given.keys().isdisjoint(_NORMALIZATION):
             options["normalization"] = Normalization(**{name: given[name] for name in _NORMALIZATION if name in given})
-        rules = {name: given[name] for name in _RULES if name in given}
+        rules: dict[str, Any] = {name: given[name] for name in _RULES if name in given}
         if step.contradiction is not None:
             rules["contradiction"] = Contradiction(
                 model=ModelInput(uri=step.contradiction.model_uri),

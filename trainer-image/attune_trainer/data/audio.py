@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import av
 import av.error
@@ -203,7 +203,7 @@ def _without_gaps(frames: Iterator[AudioFrame]) -> Iterator[tuple[int, NDArray[n
 
 def _to_float(frame: AudioFrame, channels: int) -> NDArray[np.float32]:
     """Gives a frame's samples with full scale at 1, shape (channels, frames)."""
-    plain = frame.to_ndarray()
+    plain: NDArray[Any] = frame.to_ndarray()
     if not frame.format.is_planar:
         plain = plain.reshape(-1, channels).T
     if plain.dtype == np.uint8:

@@ -26,7 +26,7 @@ _RATIO_FROM: Final = 16 * 1024**2  # bytes; small archives of texts may be packe
 _HEADER_BYTES: Final = 64 * 1024
 _SIZE_DIGITS: Final = 18
 _PAX_TYPES: Final = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_PASSED_OVER: Final = (tarfile.XGLTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGLINK)
+_PASSED_OVER: Final = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 _LINKS: Final = (tarfile.SYMTYPE, tarfile.LNKTYPE)
 
 
@@ -70,7 +70,7 @@ def _unpack(shard: SourceFile, path: Path) -> tuple[int, str | None]:
         RejectedLine: ArchiveTooLarge, of an archive that is packed tighter than any speech too.
     """
     packed = unpacked = 0
-    inflater = zlib.decompressobj(wbits=31)
+    inflater, whole = zlib.decompressobj(wbits=31), False
     with path.open("wb") as sink:
         for piece in shard.pieces():
             packed += len(piece)
@@ -84,11 +84,11 @@ def _unpack(shard: SourceFile, path: Path) -> tuple[int, str | None]:
                 if unpacked > _UNPACKED_BYTES or (unpacked > _RATIO_FROM and unpacked > _RATIO * packed):
                     raise RejectedLine("ArchiveTooLarge")
                 sink.write(part)
-                data = inflater.unconsumed_tail
-                if inflater.eof:
+                data, whole = inflater.unconsumed_tail, inflater.eof
+                if whole:
                     data = inflater.unused_data.lstrip(b"\0")  # another member of the gzip file, or padding
                     inflater = zlib.decompressobj(wbits=31)
-    return unpacked, None
+    return unpacked, None if whole else "ArchiveDamaged"
 
 
 class _Headers:
@@ -118,39 +118,15 @@ class _Headers:
 
 
 def _list(shard: SourceFile, source: int, rejections: Rejections) -> Iterator[SourceFile]:
-    """Goes from header to header.
+    """Lists members that can be used.
 
     Raises:
         RejectedLine: ArchiveDamaged, ArchiveTooLarge.
     """
-    headers, origin = _Headers(shard), ShardOrigin(shard)
-    names: set[str] = set()
-    position, count = 0, 0
-    told: dict[str, str] = {}  # what an extended header says of the next member
-    while position + tarfile.BLOCKSIZE <= shard.size:
-        block = headers.read(position, tarfile.BLOCKSIZE)
-        position += tarfile.BLOCKSIZE
-        if not block.strip(b"\0"):
-            return
-        try:
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError, OverflowError):
-            raise RejectedLine("ArchiveDamaged") from None
-        size = _own_size(member, told)
-        offset, position = position, position + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if size < 0 or offset + size > shard.size:
-            raise RejectedLine("ArchiveDamaged")
-        if member.type == tarfile.GNUTYPE_LONGNAME or member.type in _PAX_TYPES:
-            told |= _read_extension(member, headers, offset)
-            continue
-        if member.type in _PASSED_OVER:
-            if member.type == tarfile.DIRTYPE:
-                told = {}
-            continue
-        count += 1
+    origin, names = ShardOrigin(shard), set[str]()
+    for count, (member, written, size, offset) in enumerate(_walk(shard), start=1):
         if count > _MEMBERS:
             raise RejectedLine("ArchiveTooLarge")
-        written, told = told.get("path", member.name), {}
         name = relative_name(written)
         reason = _refuse(member, name, names)
         if name is None or reason is not None:
@@ -158,6 +134,37 @@ def _list(shard: SourceFile, source: int, rejections: Rejections) -> Iterator[So
             continue
         names.add(name)
         yield SourceFile(f"{shard.name}/{name}", size, origin, offset)
+
+
+def _walk(shard: SourceFile) -> Iterator[tuple[tarfile.TarInfo, str, int, int]]:
+    """Goes from header to header; yields (header, name, size, offset) of each member that is no folder.
+
+    Raises:
+        RejectedLine: ArchiveDamaged.
+    """
+    headers, position = _Headers(shard), 0
+    told: dict[str, str] = {}  # what an extended header says of the next member
+    while position < shard.size:
+        block = headers.read(position, tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError, OverflowError):
+            raise RejectedLine("ArchiveDamaged") from None
+        size, offset = _own_size(member, told), position + tarfile.BLOCKSIZE
+        position = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if size < 0 or offset + size > shard.size:
+            raise RejectedLine("ArchiveDamaged")
+        if member.type == tarfile.GNUTYPE_LONGNAME or member.type in _PAX_TYPES:
+            told |= _read_extension(member, headers, offset)
+        elif member.type == tarfile.DIRTYPE:
+            told = {}
+        elif member.type not in _PASSED_OVER:
+            yield member, told.get("path", member.name), size, offset
+            told = {}
+    if not shard.size:
+        raise RejectedLine("ArchiveDamaged")
 
 
 def _own_size(member: tarfile.TarInfo, told: dict[str, str]) -> int:

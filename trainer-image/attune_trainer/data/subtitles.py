@@ -79,7 +79,7 @@ def _split_cues(text: str) -> Iterator[tuple[int, list[str]]]:
         if line.strip():
             block.append(line.strip())
         elif block:
-            if not block[0].startswith(_NO_CUES) or any("-->" in one for one in block[:2]):
+            if not block[0].startswith(_NO_CUES) or any("-->" in one for one in block[1:2]):
                 yield number - len(block), block
             block = []
 

@@ -81,10 +81,11 @@ def _encode(windows: _Array, weights: dict[str, _Array]) -> _Array:
     frames = sliding_window_view(reflected, transform.shape[1], axis=1)[:, ::_HOP]
     spectrum = frames @ transform.T
     magnitudes = np.sqrt(np.square(spectrum[..., :_BINS]) + np.square(spectrum[..., _BINS:]))
-    hidden = magnitudes.transpose(0, 2, 1)  # (chunks, channels, frames)
+    hidden: _Array = magnitudes.transpose(0, 2, 1)  # (chunks, channels, frames)
     for number, stride in ((1, 1), (2, 2), (3, 2), (4, 1)):
         hidden = _convolve(hidden, weights[f"conv{number}.weight"], weights[f"conv{number}.bias"], stride)
-    return hidden[:, :, 0]
+    encoded: _Array = hidden[:, :, 0]
+    return encoded
 
 
 def _convolve(inputs: _Array, kernel: _Array, bias: _Array, stride: int) -> _Array:
@@ -92,7 +93,8 @@ def _convolve(inputs: _Array, kernel: _Array, bias: _Array, stride: int) -> _Arr
     padded = np.pad(inputs, ((0, 0), (0, 0), (1, 1)))
     patches = sliding_window_view(padded, kernel.shape[2], axis=2)[:, :, ::stride]
     summed: _Array = np.einsum("ncfk,ock->nof", patches, kernel, optimize=True) + bias[:, None]
-    return np.maximum(summed, 0.0)
+    np.maximum(summed, 0.0, out=summed)
+    return summed
 
 
 def _run_lstm(encoded: _Array, weights: dict[str, _Array]) -> _Array:
