@@ -65,8 +65,7 @@ class Decoders:
 
         A file that takes too long, or ends the process, gets DecodingTimedOut or DecoderFailed for what is left of it.
         """
-        idle = self._idle.get()
-        process = idle if idle is not None and idle.poll() is None else _start()
+        process = _revive(self._idle.get())
         timed_out = threading.Event()
 
         def end() -> None:
@@ -92,6 +91,15 @@ class Decoders:
         reason = "DecodingTimedOut" if timed_out.is_set() else "DecoderFailed"
         for index in sorted(left):
             yield Cut(index, reason=reason)
+
+
+def _revive(process: "subprocess.Popen[bytes] | None") -> "subprocess.Popen[bytes]":
+    """Gives a process that is there, in place of one that was never started or has ended since."""
+    if process is not None and process.poll() is None:
+        return process
+    if process is not None:
+        _kill(process)
+    return _start()
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -518,7 +518,9 @@ def _render(
             found.append(place)
     slices = [
         {
-            **one.summary().model_dump(),
+            "name": one.name,
+            "count": one.summary().values,
+            "unlabelled": one.summary().unlabelled,
             "rows": [
                 {"value": value, "splits": list(by_split.items())}
                 for value, by_split in figures["slices"][one.name].items()
