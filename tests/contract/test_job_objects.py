@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attune.api.dataset import PipelineStep
 from attune.api.meta import PodResources
 from attune.contract.environment import STOP_SECONDS, STORE_SECRET_KEYS
 from attune.contract.exitcode import Disposition, ExitCode
-from attune.contract.job import FinetuneRecipe, JobSpec
+from attune.contract.job import FinetuneRecipe, JobSpec, PrepareRecipe, PrepareVolume
 from attune.contract.result import Summary
 from attune.domain.actions import EnsureJob
 from attune.domain.names import build_job_name
@@ -27,6 +28,7 @@ from attune.settings import Settings
 from attune_trainer.job import read_spec, summarise
 from attune_trainer.store import Store
 from attune_trainer.training.gang import Place
+from pydantic.alias_generators import to_camel
 
 from tests.reconcile.samples import EVALUATED, PREPARED, TRAINED, TRAINED_ON_GPUS
 from tests.unit.worlds import decide, enact, observe
@@ -152,6 +154,56 @@ def test_environment_of_the_pod_is_what_the_trainer_asks_for(monkeypatch: pytest
     source = Store.from_environment("ATTUNE_SOURCE_1_", bucket="partner", like=store)
     assert source.endpoint == "https://partner"
     assert set(STORE_SECRET_KEYS) <= {one["name"] for one in container["env"]}
+
+
+def test_a_volume_is_mounted_read_only_where_the_trainer_looks_for_it() -> None:
+    sources = [*SOURCES, {"persistentVolumeClaim": {"claimName": "corpora", "path": "a/b"}, "format": "Kaldi"}]
+    action = wanted("Dataset", sources=sources)
+    assert isinstance(action.spec.recipe, PrepareRecipe)
+    told = action.spec.recipe.sources[2]
+    assert (told.uri, told.volume) == ("pvc://corpora/a/b", PrepareVolume(mount="/sources/2", path="a/b"))
+    pod = build_job(action, SETTINGS)["spec"]["template"]["spec"]
+    (mount,) = [one for one in pod["containers"][0]["volumeMounts"] if one["mountPath"].startswith("/sources")]
+    assert mount == {"name": "source-2", "mountPath": "/sources/2", "readOnly": True}
+    (volume,) = [one for one in pod["volumes"] if one["name"] == "source-2"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "corpora", "readOnly": True}
+
+
+def test_every_field_of_a_dataset_reaches_its_job() -> None:
+    """Each field changes what the Job is told, and makes another run."""
+    fields: list[tuple[str, Any, str, str]] = [
+        ("Normalize", "loudnessLufs", "-23", "normalization"),
+        ("Normalize", "keepSilenceSeconds", "0.2", "normalization"),
+        ("Filter", "minCharactersPerSecond", "2", "rules"),
+        ("Filter", "maxCharactersPerSecond", "30", "rules"),
+        ("Filter", "maxClippedShare", "0.01", "rules"),
+        ("Filter", "minLevelDb", "-45", "rules"),
+        ("Filter", "minSnrDb", "5", "rules"),
+        ("Filter", "matchLanguage", True, "rules"),
+        ("Filter", "maxSameText", 3, "rules"),
+        ("Filter", "similarAudio", True, "rules"),
+    ]
+    told = {field for _, field, _, _ in fields} | {"sampleRate", "minSeconds", "maxSeconds", "contradiction", "step"}
+    assert {to_camel(name) for name in PipelineStep.model_fields} == told
+    names = {wanted("Dataset").name}
+    for step, field, value, part in fields:
+        action = wanted("Dataset", pipeline=[{"step": step, field: value}])
+        recipe = action.spec.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+        assert recipe[part][field] == value
+        names.add(action.name)
+    contradiction = {"modelUri": "s3://models/base", "maxWordErrorRate": "0.8"}
+    action = wanted("Dataset", pipeline=[{"step": "Filter", "contradiction": contradiction}])
+    recipe = action.spec.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert recipe["rules"]["contradiction"] == {"model": {"uri": "s3://models/base"}, "maxWordErrorRate": "0.8"}
+    names.add(action.name)
+    changes: list[dict[str, Any]] = [
+        {"slices": ["accent"]},
+        {"knownWords": {"uri": "s3://attune/words.txt", "format": "Lexicon"}},
+        {"sources": [{**SOURCES[0], "tarShards": True}]},
+        {"sources": [{**SOURCES[0], "channels": "PerSpeaker"}]},
+    ]
+    names |= {wanted("Dataset", **changed).name for changed in changes}
+    assert len(names) == 1 + len(fields) + 1 + len(changes)
 
 
 def test_missing_secret_holds_the_pod_back_instead_of_failing_it() -> None:

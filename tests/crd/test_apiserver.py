@@ -148,7 +148,40 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "a Directory with a manifest": (
         "Dataset", "sources.0.manifest", "a.jsonl", "manifest must be given with format Manifest, and only then",
     ),
-    "a format that does not exist": ("Dataset", "sources.0.format", "Kaldi", "Unsupported value"),
+    "a format that does not exist": ("Dataset", "sources.0.format", "Sphere", "Unsupported value"),
+    "a source in two places": (
+        "Dataset", "sources.0.persistentVolumeClaim", {"claimName": "calls"},
+        "exactly one of s3 and persistentVolumeClaim",
+    ),
+    "a source nowhere": ("Dataset", "sources.0.s3", ..., "exactly one of s3 and persistentVolumeClaim must be given"),
+    "a path that leaves its volume": (
+        "Dataset", "sources.0", {"persistentVolumeClaim": {"claimName": "a", "path": "../x"}, "format": "Stm"},
+        "should match",
+    ),
+    "an absolute path on a volume": (
+        "Dataset", "sources.0", {"persistentVolumeClaim": {"claimName": "a", "path": "/x"}, "format": "Stm"},
+        "should match",
+    ),
+    "channels of subtitles, which name none": (
+        "Dataset", "sources.0", {**SMALL["Dataset"]["sources"][0], "format": "WebVtt", "channels": "PerSpeaker"},
+        "needs a format that names channels",
+    ),
+    "a loudness at the wrong step": (
+        "Dataset", "pipeline", [{"step": "Filter", "loudnessLufs": "-23"}], "belong to step Normalize",
+    ),
+    "a filter at the wrong step": (
+        "Dataset", "pipeline", [{"step": "Normalize", "similarAudio": True}], "belong to step Filter",
+    ),
+    "a loudness that no recording has": (
+        "Dataset", "pipeline", [{"step": "Normalize", "loudnessLufs": "3"}], "must be between -50 and -10",
+    ),
+    "a rate of speech that nothing has": (
+        "Dataset", "pipeline", [{"step": "Filter", "minCharactersPerSecond": "9", "maxCharactersPerSecond": "9"}],
+        "minCharactersPerSecond must be less than maxCharactersPerSecond",
+    ),
+    "a label that is no label": ("Dataset", "slices", ["text"], "are no labels"),
+    "a label that is given twice": ("Dataset", "slices", ["accent", "accent"], "each label may be given once"),
+    "known words on a model hub": ("Dataset", "knownWords", {"uri": "hf://a/b", "format": "Text"}, "should match"),
     "a language by its name": ("Dataset", "language", "English", "Too long"),
     "a sample rate at the wrong step": (
         "Dataset", "pipeline", [{"step": "Filter", "sampleRate": 16000}], "sampleRate belongs to step Normalize",

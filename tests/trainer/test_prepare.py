@@ -13,14 +13,16 @@ import soundfile
 from attune.contract.exitcode import ExitCode
 from attune.contract.job import DatasetInput, JobSpec, Owner, PrepareRecipe, PrepareSource, SourceFormat, Split
 from attune.contract.result import PrepareResult
+from attune_trainer.data.audio import Span
 from attune_trainer.data.dataset import fetch_audio, load_manifest, load_split, read_audio
+from attune_trainer.data.files import SourceFile
 from attune_trainer.data.rejections import RejectedLine
 from attune_trainer.data.sources import ListedUtterance, open_source, read_text
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.job import RecipeContext
 from attune_trainer.progress import ProgressReporter
 from attune_trainer.recipes import prepare
-from attune_trainer.store import Store, StoredObject
+from attune_trainer.store import Store
 
 from .conftest import S3Server
 
@@ -308,10 +310,10 @@ def test_audio_that_is_not_what_its_name_says_is_refused(
 def test_a_key_that_looks_like_an_address_is_read_from_its_own_bucket(s3_store: Store, key_prefix: str) -> None:
     elsewhere = s3_store.write_bytes(f"{key_prefix}/secret.txt", b"not theirs")
     opened = open_source(0, PrepareSource(uri="s3://attune", format=SourceFormat.DIRECTORY), s3_store)
-    audio, sidecar = (StoredObject("attune", f"{elsewhere[:-4]}{suffix}", 10) for suffix in (".wav", ".txt"))
-    listed = ListedUtterance(0, 1, "1", audio, None, sidecar, speaker="s", group="s")
+    sidecar = SourceFile(elsewhere, 10, opened.origin)
+    listed = ListedUtterance(0, 1, "1", sidecar, Span(), None, sidecar, speaker="s", group="s")
     with pytest.raises(RejectedLine, match="LacksText"):
-        read_text(opened, listed)
+        read_text(listed)
 
 
 def test_groups_divide_where_there_is_one_speaker(s3_store: Store, key_prefix: str, make_context: MakeContext) -> None:

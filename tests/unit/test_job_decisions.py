@@ -63,6 +63,13 @@ def failure(code: int, reason: str = "TooSmallToSplit", **fields: Any) -> dict[s
             id="a pod that fits no node passes the scheduler's words on",
         ),
         pytest.param(
+            {"pods": (pod(unschedulable='0/1 nodes are available: persistentvolumeclaim "calls" not found.'),)},
+            "ClaimNotFound",
+            False,
+            "PersistentVolumeClaim calls does not exist",
+            id="a missing volume is named, and waited for",
+        ),
+        pytest.param(
             {"pods": (pod(waiting_reason="CreateContainerConfigError", waiting_message='secret "late" not found'),)},
             "SecretNotFound",
             False,

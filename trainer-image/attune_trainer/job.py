@@ -227,6 +227,8 @@ def _shorter_forms(part: Any) -> Iterator[Any]:
             ]
             part = part.model_copy(update={"rejections": fewer})
             yield part
+    if isinstance(part, PrepareResult):
+        yield part.model_copy(update={"warnings": []})
     if isinstance(part, Failure):
         # A character takes up to six bytes in JSON.
         yield part.model_copy(update={"message": part.message[: TERMINATION_MESSAGE_BYTES // 8]})

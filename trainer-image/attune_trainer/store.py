@@ -192,6 +192,20 @@ class Store:
 
         return self._attempt(read, f"s3://{bucket}/{name}")
 
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """Reads a part of an object into memory, less where it ends earlier; length is at least 1 byte."""
+        bucket, name = self.locate(key)
+
+        def read() -> bytes:
+            response = self._client.get_object(bucket, name, offset=offset, length=length)
+            try:
+                return bytes(response.data)
+            finally:
+                response.close()
+                response.release_conn()
+
+        return self._attempt(read, f"s3://{bucket}/{name}")
+
     def write_bytes(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> str:
         """Writes an object in one piece, so that a reader sees all of it or nothing; gives its URI."""
         bucket, name = self.locate(key)

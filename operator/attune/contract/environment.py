@@ -57,3 +57,11 @@ def source_variable(index: int, store_variable: str) -> str:
     source_variable(2, STORE_ACCESS_KEY) -> "ATTUNE_SOURCE_2_ACCESS_KEY".
     """
     return store_variable.replace("ATTUNE_STORE_", f"ATTUNE_SOURCE_{index}_")
+
+
+def source_mount(index: int) -> str:
+    """Names the folder at which a source's volume is mounted.
+
+    source_mount(2) -> "/sources/2".
+    """
+    return f"/sources/{index}"

@@ -28,7 +28,24 @@ class SourceFormat(StrEnum):
     """How utterances are listed in a source."""
 
     MANIFEST = "Manifest"  # a JSONL file: {"audio": "a/1.wav", "text": "...", "speaker": "...", "group": "..."}
-    DIRECTORY = "Directory"  # audio files, each with a .txt of the same name beside it; its folder is the speaker
+    DIRECTORY = "Directory"  # audio files, each with a .txt or .json of the same name beside it
+    KALDI = "Kaldi"  # a data directory: wav.scp, text, utt2spk, and segments for long recordings
+    STM = "Stm"  # NIST's segment time marks
+    WEB_VTT = "WebVtt"  # long recordings, each with a .vtt or .srt beside it
+
+
+class ChannelUse(StrEnum):
+    """What becomes of a recording's channels."""
+
+    MIX = "Mix"  # all are averaged
+    PER_SPEAKER = "PerSpeaker"  # each utterance is on the channel that its transcript names
+
+
+class WordsFormat(StrEnum):
+    """How a list of known words is written."""
+
+    LEXICON = "Lexicon"  # a word a line; what follows it (its pronunciation) is passed over
+    TEXT = "Text"  # running text
 
 
 class SplitBy(StrEnum):
@@ -46,12 +63,22 @@ class Split(StrEnum):
     HOLDOUT = "Holdout"
 
 
+class PrepareVolume(ContractModel):
+    """Where a source's volume is mounted, and the folder in it."""
+
+    mount: str
+    path: str
+
+
 class PrepareSource(ContractModel):
-    """A place with audio and transcripts."""
+    """A place with audio and transcripts: s3://bucket/prefix, or pvc://claim/path, which volume then says more of."""
 
     uri: str
     format: SourceFormat
     manifest: str | None = None  # relative to uri; Manifest only
+    volume: PrepareVolume | None = None
+    tar_shards: bool = False  # .tar, .tar.gz and .tgz are folders
+    channels: ChannelUse = ChannelUse.MIX
     # Where set, the source's own credentials are in ATTUNE_SOURCE_<index>_*; else the namespace's store's serve.
     credentials_index: int | None = None
 
@@ -65,6 +92,49 @@ class SplitRule(ContractModel):
     seed: int
 
 
+class ModelInput(ContractModel):
+    """A model: where its files are, and their digest where it is known (verified after download)."""
+
+    uri: str
+    digest: str | None = None
+    model_id: str | None = None
+
+
+class Normalization(ContractModel):
+    """What is done to each utterance's audio besides resampling; absent is not done."""
+
+    loudness_lufs: DecimalString | None = None  # BS.1770, mono
+    keep_silence_seconds: DecimalString | None = None  # silence beyond this is cut off at both ends
+
+
+class Contradiction(ContractModel):
+    """Leaves out transcripts that a model hears otherwise: at most this word error rate is kept."""
+
+    model: ModelInput
+    max_word_error_rate: DecimalString
+
+
+class FilterRules(ContractModel):
+    """What an utterance must be like, besides its duration; absent is not asked for."""
+
+    min_characters_per_second: DecimalString | None = None
+    max_characters_per_second: DecimalString | None = None
+    max_clipped_share: DecimalString | None = None
+    min_level_db: DecimalString | None = None  # of full scale
+    min_snr_db: DecimalString | None = None
+    match_language: bool = False
+    max_same_text: int | None = None
+    similar_audio: bool = False  # recordings that sound the same are duplicates
+    contradiction: Contradiction | None = None
+
+
+class KnownWords(ContractModel):
+    """What out-of-vocabulary words are counted against, instead of the train split."""
+
+    uri: str
+    format: WordsFormat
+
+
 class PrepareRecipe(ContractModel):
     """Sources -> normalised utterances in three splits, content-addressed."""
 
@@ -74,6 +144,10 @@ class PrepareRecipe(ContractModel):
     sample_rate: int = 16000  # Hz
     min_seconds: DecimalString = "0.1"
     max_seconds: DecimalString = "30"
+    normalization: Normalization | None = None
+    rules: FilterRules | None = None
+    slices: list[str] = []
+    known_words: KnownWords | None = None
     splits: SplitRule
     max_rejected_share: DecimalString  # of the listed utterances; more fail the Job
     output_prefix: str  # key prefix inside the store's bucket
@@ -85,14 +159,6 @@ class DatasetInput(ContractModel):
     name: str
     revision: str
     uri: str
-
-
-class ModelInput(ContractModel):
-    """A model: where its files are, and their digest where it is known (verified after download)."""
-
-    uri: str
-    digest: str | None = None
-    model_id: str | None = None
 
 
 class TrainingInput(DatasetInput):

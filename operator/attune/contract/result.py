@@ -56,16 +56,26 @@ class Progress(ContractModel):
 
 
 class SplitStatistics(ContractModel):
-    """Size of one split."""
+    """Size of one split. oovRate: share of its words that are not known; absent of the split that tells what is."""
 
     utterances: int
     hours: DecimalString
     speakers: int
     words: int
+    vocabulary: int | None = None  # absent in results of trainers before it was told
+    oov_rate: DecimalString | None = None
+
+
+class SliceStatistics(ContractModel):
+    """A label that figures are told apart by: how many values it has, and how many utterances have none."""
+
+    name: str = Field(max_length=63)
+    values: int
+    unlabelled: int
 
 
 class DatasetStatistics(ContractModel):
-    """Size of a Dataset over all splits. oovRate: share of holdout words that the train split never has."""
+    """Size of a Dataset over all splits. oovRate: share of holdout words that are not known."""
 
     hours: DecimalString
     utterances: int
@@ -99,8 +109,11 @@ class PrepareResult(ContractModel):
     uri: str
     stats: DatasetStatistics
     splits: Splits
+    slices: list[SliceStatistics] = Field(default=[], max_length=8)
     rejected: int
     rejections: list[Rejection] = Field(default=[], max_length=16)
+    warnings: list[Annotated[str, Field(max_length=256)]] = Field(default=[], max_length=8)
+    report_uri: str | None = None
 
 
 class FinetuneResult(ContractModel):

@@ -13,9 +13,10 @@ from attune.contract.metrics import Track
 class EnsureJob:
     """A Job (and the ConfigMap with its job.json) must exist under this name, running or suspended.
 
-    source_secrets: name of the Secret with a source's own credentials, by the source's index. With a queue (of Kueue)
-    the Job is created suspended and never changed again: Kueue decides when it runs. With several nodes it has as many
-    pods, and they find each other through a headless Service of the owner's.
+    source_secrets: name of the Secret with a source's own credentials, by the source's index. source_claims: name of
+    the PersistentVolumeClaim that a source is on, likewise. With a queue (of Kueue) the Job is created suspended and
+    never changed again: Kueue decides when it runs. With several nodes it has as many pods, and they find each other
+    through a headless Service of the owner's.
     """
 
     name: str
@@ -23,6 +24,7 @@ class EnsureJob:
     suspended: bool
     resources: PodResources | None = None
     source_secrets: tuple[tuple[int, str], ...] = ()
+    source_claims: tuple[tuple[int, str], ...] = ()
     # GPU processes or not, a Job that trains gets this long to save a checkpoint when it is told to stop.
     termination_grace_seconds: int = 60
     queue: str | None = None

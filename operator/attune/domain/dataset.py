@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from attune.api.dataset import (
     Dataset,
@@ -10,11 +10,24 @@ from attune.api.dataset import (
     DatasetStatus,
     QualityStatus,
     RejectionStatus,
+    SliceStatus,
+    Source,
     SplitsStatus,
     SplitStatus,
     StatisticsStatus,
 )
-from attune.contract.job import PrepareRecipe, PrepareSource, SplitRule
+from attune.contract.environment import source_mount
+from attune.contract.job import (
+    Contradiction,
+    FilterRules,
+    KnownWords,
+    ModelInput,
+    Normalization,
+    PrepareRecipe,
+    PrepareSource,
+    PrepareVolume,
+    SplitRule,
+)
 from attune.contract.result import PrepareResult, SplitStatistics
 from attune.domain.actions import EnsureJob, Plan
 from attune.domain.jobs import (
@@ -78,7 +91,12 @@ def build_prepare_job(dataset: Dataset) -> EnsureJob:
     secrets = tuple(
         (index, source.s3.credentials_secret_ref.name)
         for index, source in enumerate(spec.sources)
-        if source.s3.credentials_secret_ref is not None
+        if source.s3 is not None and source.s3.credentials_secret_ref is not None
+    )
+    claims = tuple(
+        (index, source.persistent_volume_claim.claim_name)
+        for index, source in enumerate(spec.sources)
+        if source.persistent_volume_claim is not None
     )
     return build_ensure_job(
         owner,
@@ -88,26 +106,29 @@ def build_prepare_job(dataset: Dataset) -> EnsureJob:
         suspended=spec.suspend,
         resources=spec.resources,
         source_secrets=secrets,
+        source_claims=claims,
     )
 
 
+# A step's fields that are told as they are, by the part of the recipe that they belong to.
+_PLAIN: Final = ("sample_rate", "min_seconds", "max_seconds")
+_NORMALIZATION: Final = ("loudness_lufs", "keep_silence_seconds")
+_RULES: Final = (
+    "min_characters_per_second",
+    "max_characters_per_second",
+    "max_clipped_share",
+    "min_level_db",
+    "min_snr_db",
+    "match_language",
+    "max_same_text",
+    "similar_audio",
+)
+
+
 def _build_recipe(spec: DatasetSpec) -> PrepareRecipe:
-    options = {}
-    for step in spec.pipeline:
-        for name in ("sample_rate", "min_seconds", "max_seconds"):
-            value = getattr(step, name)
-            if value is not None:
-                options[name] = value
+    words = spec.known_words
     return PrepareRecipe(
-        sources=[
-            PrepareSource(
-                uri=source.s3.uri,
-                format=source.format,
-                manifest=source.manifest,
-                credentials_index=index if source.s3.credentials_secret_ref is not None else None,
-            )
-            for index, source in enumerate(spec.sources)
-        ],
+        sources=[_build_source(index, source) for index, source in enumerate(spec.sources)],
         language=spec.language,
         splits=SplitRule(
             by=spec.splits.by,
@@ -115,10 +136,46 @@ def _build_recipe(spec: DatasetSpec) -> PrepareRecipe:
             holdout=spec.splits.holdout,
             seed=spec.splits.seed,
         ),
+        slices=spec.slices,
+        known_words=KnownWords(uri=words.uri, format=words.format) if words is not None else None,
         max_rejected_share=spec.max_rejected_share,
         output_prefix="",
-        **options,
+        **_build_steps(spec),
     )
+
+
+def _build_source(index: int, source: Source) -> PrepareSource:
+    common: dict[str, Any] = {
+        "format": source.format,
+        "manifest": source.manifest,
+        "tar_shards": source.tar_shards,
+        "channels": source.channels,
+    }
+    claim = source.persistent_volume_claim
+    if claim is not None:
+        volume = PrepareVolume(mount=source_mount(index), path=claim.path)
+        return PrepareSource(uri=f"pvc://{claim.claim_name}/{claim.path}", volume=volume, **common)
+    own = source.s3 is not None and source.s3.credentials_secret_ref is not None
+    uri = source.s3.uri if source.s3 is not None else ""
+    return PrepareSource(uri=uri, credentials_index=index if own else None, **common)
+
+
+def _build_steps(spec: DatasetSpec) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for step in spec.pipeline:
+        given = {name: value for name in step.model_fields_set if (value := getattr(step, name)) is not None}
+        options |= {name: given[name] for name in _PLAIN if name in given}
+        if step.step == "Normalize" and not given.keys().isdisjoint(_NORMALIZATION):
+            options["normalization"] = Normalization(**{name: given[name] for name in _NORMALIZATION if name in given})
+        rules: dict[str, Any] = {name: given[name] for name in _RULES if name in given}
+        if step.contradiction is not None:
+            rules["contradiction"] = Contradiction(
+                model=ModelInput(uri=step.contradiction.model_uri),
+                max_word_error_rate=step.contradiction.max_word_error_rate,
+            )
+        if step.step == "Filter" and rules:
+            options["rules"] = FilterRules(**rules)
+    return options
 
 
 def _take_result(status: DatasetStatus, result: PrepareResult, job_name: str) -> DatasetStatus:
@@ -138,7 +195,10 @@ def _take_result(status: DatasetStatus, result: PrepareResult, job_name: str) ->
             "quality": QualityStatus(
                 rejected=result.rejected,
                 rejections=[RejectionStatus.model_validate(one.model_dump()) for one in result.rejections],
+                warnings=result.warnings,
             ),
+            "slices": [SliceStatus.model_validate(one.model_dump()) for one in result.slices],
+            "report": result.report_uri,
             "job_name": job_name,
         }
     )

@@ -25,6 +25,7 @@ STARTING: Final = "Starting"
 RETRYING: Final = "Retrying"
 SECRET_NOT_FOUND: Final = "SecretNotFound"  # noqa: S105 (a reason, no secret)
 SECRET_KEY_MISSING: Final = "SecretKeyMissing"  # noqa: S105
+CLAIM_NOT_FOUND: Final = "ClaimNotFound"
 IMAGE_PULL_FAILED: Final = "ImagePullFailed"
 UNSCHEDULABLE: Final = "Unschedulable"
 POD_NOT_CREATED: Final = "PodNotCreated"
@@ -38,6 +39,7 @@ PULL_REASONS: Final = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 )
 MISSING_SECRET: Final = re.compile(r'secrets? "([^"]+)" not found')
+MISSING_CLAIM: Final = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
 MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret (\S+)")
 # Kueue's reasons to let a Job wait change without an event of the Job's.
 _QUEUE_SECONDS: Final = 30.0
@@ -189,6 +191,7 @@ def build_ensure_job(
     suspended: bool,
     resources: PodResources | None,
     source_secrets: tuple[tuple[int, str], ...] = (),
+    source_claims: tuple[tuple[int, str], ...] = (),
     termination_grace_seconds: int = 60,
     placement: tuple[str, ...] = (),
     nodes: int = 1,
@@ -215,6 +218,7 @@ def build_ensure_job(
         suspended=suspended,
         resources=resources,
         source_secrets=source_secrets,
+        source_claims=source_claims,
         termination_grace_seconds=termination_grace_seconds,
         queue=turn.queue_name,
         workload_priority_class=turn.workload_priority_class_name,
@@ -513,6 +517,15 @@ def _parse_failure(message: str | None) -> Failure | None:
 
 def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str, str] | None:
     """Says why a pod does not start, where somebody has to do something; None while it is on its way."""
+    claim = MISSING_CLAIM.search(pod.unschedulable or "")
+    if claim is not None:
+        return (
+            CLAIM_NOT_FOUND,
+            (
+                f"PersistentVolumeClaim {claim.group(1)} does not exist in this namespace; create it or correct the "
+                "source's claimName, and the Job goes on by itself"
+            ),
+        )
     if pod.unschedulable:
         return UNSCHEDULABLE, f"no node fits the pod: {pod.unschedulable}"
     if pod.waiting_reason in PULL_REASONS:

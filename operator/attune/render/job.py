@@ -20,6 +20,7 @@ from attune.contract.environment import (
     TERMINATION_MESSAGE_VARIABLE,
     TRAINING_PORT,
     WORK_DIRECTORY_VARIABLE,
+    source_mount,
     source_variable,
 )
 from attune.contract.exitcode import KILLED, Disposition, ExitCode
@@ -67,6 +68,10 @@ class JobRequest(Protocol):
     @property
     def source_secrets(self) -> tuple[tuple[int, str], ...]:
         """(index of a source, Secret with its own credentials)."""
+
+    @property
+    def source_claims(self) -> tuple[tuple[int, str], ...]:
+        """(index of a source, PersistentVolumeClaim that it is on)."""
 
     @property
     def termination_grace_seconds(self) -> int:
@@ -225,6 +230,10 @@ def _build_pod(request: JobRequest, settings: Settings) -> dict[str, Any]:
                     {"name": "job", "mountPath": JOB_FILE.rpartition("/")[0], "readOnly": True},
                     {"name": "temporary", "mountPath": _TEMPORARY},
                     {"name": "scratch", "mountPath": _WORK},
+                    *(
+                        {"name": f"source-{index}", "mountPath": source_mount(index), "readOnly": True}
+                        for index, _ in request.source_claims
+                    ),
                 ],
             }
         ],
@@ -232,6 +241,11 @@ def _build_pod(request: JobRequest, settings: Settings) -> dict[str, Any]:
             {"name": "job", "configMap": {"name": request.name}},
             {"name": "temporary", "emptyDir": {}},
             {"name": "scratch", "emptyDir": {}},
+            # Read-only in the volume too, or the kubelet would give all of its files to the pod's group.
+            *(
+                {"name": f"source-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+                for index, claim in request.source_claims
+            ),
         ],
     }
     if request.nodes > 1:

@@ -9,12 +9,42 @@ _EXAMPLES = 3
 _PLACE_CHARACTERS = 128
 _LISTED = 10_000
 
-# Left out on purpose: the Filter step's bounds, the same recording twice, a sentence that belongs to another split.
+# Left out on purpose: by the Filter step, the same recording twice, a sentence that belongs to another split, what a
+# transcript says is not to be scored.
 TOO_SHORT = "TooShort"
 TOO_LONG = "TooLong"
+NO_SPEECH = "NoSpeech"
+SPOKEN_TOO_SLOWLY = "SpokenTooSlowly"
+SPOKEN_TOO_FAST = "SpokenTooFast"
+CLIPPED = "Clipped"
+TOO_QUIET = "TooQuiet"
+TOO_NOISY = "TooNoisy"
+OTHER_LANGUAGE = "OtherLanguage"
+TEXT_REPEATED = "TextRepeated"
+CONTRADICTED = "Contradicted"
 DUPLICATE = "Duplicate"
+SOUNDS_THE_SAME = "SoundsTheSame"
+IGNORED = "Ignored"
 REPEATED_ACROSS_SPLITS = "RepeatedAcrossSplits"
-NOT_BAD = frozenset({TOO_SHORT, TOO_LONG, DUPLICATE, REPEATED_ACROSS_SPLITS})
+NOT_BAD = frozenset(
+    {
+        TOO_SHORT,
+        TOO_LONG,
+        NO_SPEECH,
+        SPOKEN_TOO_SLOWLY,
+        SPOKEN_TOO_FAST,
+        CLIPPED,
+        TOO_QUIET,
+        TOO_NOISY,
+        OTHER_LANGUAGE,
+        TEXT_REPEATED,
+        CONTRADICTED,
+        DUPLICATE,
+        SOUNDS_THE_SAME,
+        IGNORED,
+        REPEATED_ACROSS_SPLITS,
+    }
+)
 
 
 class RejectedLine(Exception):  # noqa: N818 (an expected outcome for a line, not an error of the program)
@@ -45,6 +75,8 @@ class Rejections:
             number: of the line or file in it; orders the examples.
             place: what a person looks for: "transcripts.jsonl:17" or a file's name.
         """
+        # File names may hold anything, and this is shown in statuses and logs.
+        place = "".join(character if character.isprintable() else "?" for character in place)
         if len(place) > _PLACE_CHARACTERS:
             place = f"...{place[3 - _PLACE_CHARACTERS :]}"
         with self._lock:
