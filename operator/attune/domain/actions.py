@@ -13,7 +13,8 @@ from attune.contract.metrics import Track
 class EnsureJob:
     """A Job (and the ConfigMap with its job.json) must exist under this name, running or suspended.
 
-    source_secrets: name of the Secret with a source's own credentials, by the source's index. With a queue (of Kueue)
+    source_secrets: name of the Secret with a source's own credentials, by the source's index; endpoint_secrets: of the
+    Secret with the key of a candidate's endpoint, by the candidate's. With a queue (of Kueue)
     the Job is created suspended and never changed again: Kueue decides when it runs.
     """
 
@@ -22,6 +23,7 @@ class EnsureJob:
     suspended: bool
     resources: PodResources | None = None
     source_secrets: tuple[tuple[int, str], ...] = ()
+    endpoint_secrets: tuple[tuple[int, str], ...] = ()
     # GPU processes or not, a Job that trains gets this long to save a checkpoint when it is told to stop.
     termination_grace_seconds: int = 60
     queue: str | None = None

@@ -177,6 +177,7 @@ def build_ensure_job(
     suspended: bool,
     resources: PodResources | None,
     source_secrets: tuple[tuple[int, str], ...] = (),
+    endpoint_secrets: tuple[tuple[int, str], ...] = (),
     termination_grace_seconds: int = 60,
     placement: tuple[str, ...] = (),
 ) -> EnsureJob:
@@ -192,6 +193,7 @@ def build_ensure_job(
     place = fingerprint(
         resources,
         *(f"{index}={secret}" for index, secret in source_secrets),
+        *(f"endpoint {index}={secret}" for index, secret in endpoint_secrets),
         *placement,
         *(f"{what}={name}" for what, name in turns.items() if name is not None),
         digits=5,
@@ -202,6 +204,7 @@ def build_ensure_job(
         suspended=suspended,
         resources=resources,
         source_secrets=source_secrets,
+        endpoint_secrets=endpoint_secrets,
         termination_grace_seconds=termination_grace_seconds,
         queue=turn.queue_name,
         workload_priority_class=turn.workload_priority_class_name,
@@ -382,7 +385,7 @@ def _describe_pods(wanted: EnsureJob, job: ObservedJob, words: Wording, surround
         reason, message, _ = describe_failure(job, words)
         cause = "its pod was evicted" if pod.disrupted else f"{reason}: {message}"
         return _work_on(words, words.phase, RETRYING, f"{cause}; a new pod is started", warning=True)
-    blocked = _describe_waiting(pod, surroundings)
+    blocked = _describe_waiting(wanted, pod, surroundings)
     if blocked is None:
         return None
     return _work_on(words, "Pending", *blocked, warning=True)
@@ -475,7 +478,7 @@ def _parse_failure(message: str | None) -> Failure | None:
     return summary.failure if summary is not None else None
 
 
-def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str, str] | None:
+def _describe_waiting(wanted: EnsureJob, pod: ObservedPod, surroundings: Surroundings) -> tuple[str, str] | None:
     """Says why a pod does not start, where somebody has to do something; None while it is on its way."""
     if pod.unschedulable:
         return UNSCHEDULABLE, f"no node fits the pod: {pod.unschedulable}"
@@ -499,6 +502,14 @@ def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str
     if found is not None:
         secret = found.group(1)
         what = "the store's" if secret == surroundings.store_secret else "a source's"
+        if any(secret == name for _, name in wanted.endpoint_secrets):
+            return (
+                SECRET_NOT_FOUND,
+                (
+                    f"Secret {secret} (key of a candidate's endpoint) does not exist in this namespace; create it with "
+                    "the key apiKey, and the Job goes on by itself"
+                ),
+            )
         return (
             SECRET_NOT_FOUND,
             (
