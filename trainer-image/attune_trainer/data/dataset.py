@@ -15,9 +15,9 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Utterance:
         seconds: duration.
         audio_key: s3:// address of the FLAC file.
         audio_digest: 64 hexadecimal digits, the SHA-256 of the samples.
+        labels: further labels and their values, such as accent and channel.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Utterance:
     seconds: float
     audio_key: str
     audio_digest: str
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def block(self, by: SplitBy) -> str:
         """Gives the label that never crosses splits, over which utterances are not independent."""
@@ -130,6 +132,7 @@ def load_split(store: Store, dataset: DatasetInput, split: Split) -> list[Uttera
                     seconds=float(fields["seconds"]),
                     audio_key=f"{folder}/{audio_name(fields['audio'])}",
                     audio_digest=fields["audio"],
+                    labels=fields.get("labels", {}),
                 )
             )
     return utterances
@@ -137,7 +140,7 @@ def load_split(store: Store, dataset: DatasetInput, split: Split) -> list[Uttera
 
 def write_utterance_line(utterance: Utterance) -> str:
     """Writes an utterance as its line of a split's file, newline included."""
-    fields = {
+    fields: dict[str, Any] = {
         "id": utterance.id,
         "text": utterance.text,
         "speaker": utterance.speaker,
@@ -145,6 +148,8 @@ def write_utterance_line(utterance: Utterance) -> str:
         "seconds": f"{utterance.seconds:.4f}",
         "audio": utterance.audio_digest,
     }
+    if utterance.labels:
+        fields["labels"] = dict(utterance.labels)
     return json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n"
 
 
