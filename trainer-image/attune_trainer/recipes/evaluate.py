@@ -107,12 +107,12 @@ def _check(recipe: EvaluateRecipe) -> None:
         if [gate.max, gate.min, gate.max_change_from_baseline].count(None) != 2:  # noqa: PLR2004 (two of three)
             raise _invalid("each gate needs exactly one of max, min and maxChangeFromBaseline")
         if gate.metric.is_accuracy != (gate.min is not None):
-            raise _invalid(
-                f"{gate.metric.value} is better when {_better(gate.metric)}; bound it by {_bound(gate.metric)}"
-            )
+            better, bound = ("larger", "min") if gate.metric.is_accuracy else ("smaller", "max")
+            raise _invalid(f"{gate.metric.value} is better when {better}; a gate bounds it by {bound}")
         if gate.slice is not None and (gate.slice not in recipe.slices or not gate.metric.is_counted):
             raise _invalid(
-                f"the gate on {gate.metric.value} in {gate.slice} needs a slice of spec.slices and a counted metric"
+                f"the gate on {gate.metric.value} in {gate.slice} needs a slice of spec.slices, and a metric that is "
+                "counted by utterance"
             )
     wanted = {*recipe.metrics, *(gate.metric for gate in recipe.gates)}
     if (Metric.ENTITY_ACCURACY in wanted) != (recipe.entities is not None):
@@ -121,14 +121,6 @@ def _check(recipe: EvaluateRecipe) -> None:
 
 def _invalid(message: str) -> InvalidInput:
     return InvalidInput("InvalidEvaluation", message)
-
-
-def _better(metric: Metric) -> str:
-    return "larger" if metric.is_accuracy else "smaller"
-
-
-def _bound(metric: Metric) -> str:
-    return "min" if metric.is_accuracy else "max or maxChangeFromBaseline"
 
 
 def _divide(recipe: EvaluateRecipe, utterances: Sequence[Utterance], references: Sequence[str]) -> list[Slice]:

@@ -209,7 +209,7 @@ def _hear_model(
     folder = context.directory("models") / str(position)
     digest = model.digest or digest_directory(fetch_model(context.store, model.uri, folder))
     question = _question(recipe, model=digest)
-    key = _key(recipe, question, f"{recipe.dataset.uri.rstrip('/')}/measured")
+    key = _key(question, f"{recipe.dataset.uri.rstrip('/')}/measured")
     course = _read_course(context, key, question)
     try:
         if not course.complete:
@@ -284,7 +284,7 @@ def _hear_endpoint(
     context.reporter.update(stage="AskingEndpoint", percent=begun(recipe, position))
     key_of_api = os.environ.get(endpoint_variable(told.key_index)) if told.key_index is not None else None
     question = _question(recipe, endpoint=told.url, served=told.model, run=recipe.output_prefix)
-    key = _key(recipe, question, f"{recipe.output_prefix.rstrip('/')}/measured")
+    key = _key(question, f"{recipe.output_prefix.rstrip('/')}/measured")
     course = _read_course(context, key, question)
     if course.complete:
         return _Finished(course, None)
@@ -383,7 +383,7 @@ def _question(recipe: EvaluateRecipe, **whom: str) -> dict[str, Any]:
     return question
 
 
-def _key(recipe: EvaluateRecipe, question: dict[str, Any], folder: str) -> str:
+def _key(question: dict[str, Any], folder: str) -> str:
     name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
     return f"{folder}/{name}.json"
 

@@ -1,6 +1,6 @@
 """The report of an evaluation: one HTML file that holds no transcript and needs no network."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,13 +10,13 @@ from attune.contract.job import DatasetInput, Split, SplitBy
 from attune.contract.measures import Gate, Metric
 
 from attune_trainer.pages import draw, render_page
-from attune_trainer.scoring.bootstrap import REPLICATIONS, BootstrapInterval, bootstrap_rate, choose_blocks
+from attune_trainer.scoring.bootstrap import REPLICATIONS, BootstrapInterval, Series, bootstrap_rate, choose_blocks
 from attune_trainer.scoring.errors import HISTOGRAM, histogram
 from attune_trainer.scoring.figures import Judged
 from attune_trainer.scoring.gates import GateOutcome, describe_gate, write_value
 from attune_trainer.scoring.hearing import Heard
 from attune_trainer.scoring.normaliser import NORMALISER
-from attune_trainer.scoring.slices import FEWEST_UTTERANCES, FEWEST_WORDS, SliceFigures, divide, duration_of
+from attune_trainer.scoring.slices import FEWEST_UTTERANCES, FEWEST_WORDS, Slice, SliceFigures, divide, duration_of
 from attune_trainer.scoring.verdict import Judgement, Question
 
 _DURATIONS: Final = ("under 2 s", "2 to 5 s", "5 to 10 s", "10 to 20 s", "20 s or more")
@@ -299,17 +299,15 @@ def _plot_by(
     words = [one.words for one in judgement.leaderboard[0].measured.words]
     known = {one.value: one for one in divide("bucket", values, words)}
     buckets = [known[name] for name in order if name in known]
-    counted: Callable[[Judged], list[BootstrapInterval | None]] = lambda one: [
-        None
-        if bucket.is_too_small
-        else bootstrap_rate(
-            one.measured.series(Metric.WER).take(bucket.places),
-            choose_blocks([question.blocks[place] for place in bucket.places])[0],
-            question.confidence,
-            question.seed,
-        )
-        for bucket in buckets
-    ]
+
+    def measure(one: Judged) -> list[BootstrapInterval | None]:
+        series = one.measured.series(Metric.WER)
+        return [None if bucket.is_too_small else measure_bucket(series, bucket) for bucket in buckets]
+
+    def measure_bucket(series: Series, bucket: Slice) -> BootstrapInterval:
+        drawn, _ = choose_blocks([question.blocks[place] for place in bucket.places])
+        return bootstrap_rate(series.take(bucket.places), drawn, question.confidence, question.seed)
+
     names = [f"{one.value} ({one.words} words{', too few' if one.is_too_small else ''})" for one in buckets]
-    lines: list[_Line] = [(one.name, counted(one)) for one in judgement.leaderboard]
+    lines: list[_Line] = [(one.name, measure(one)) for one in judgement.leaderboard]
     return _draw_lines(lines, names, "word error rate (%)", work_directory)
