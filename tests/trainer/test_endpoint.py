@@ -1,5 +1,6 @@
 """An endpoint as an Evaluation's candidate: real HTTP servers, well behaved and otherwise."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -49,10 +50,8 @@ def serving(answer: Answer) -> Iterator[tuple[str, Requests]]:
             with lock:
                 number = len(seen)
                 seen.append({"path": self.path, "headers": dict(self.headers), "body": body, "over": over})
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up, as it should
                 answer(self, number)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client has given up, as it should
 
         def log_message(self, *_: object) -> None:
             pass
