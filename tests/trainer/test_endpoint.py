@@ -99,6 +99,17 @@ def test_a_request_is_as_openai_documents_it() -> None:
         assert part in request["body"]
 
 
+def test_a_key_may_end_with_a_line_break_and_one_that_no_header_carries_is_said() -> None:
+    with serving(lambda handler, _: say(handler)) as (url, seen):
+        ask(url, key="the-key\n")
+    assert seen[0]["headers"]["Authorization"] == "Bearer the-key"
+    for key in (" \n", "the\nkey", "schlüssel"):
+        with pytest.raises(EndpointFailure) as caught:
+            ask(url, key=key)
+        assert caught.value.reason == "EndpointKeyUnusable"
+        assert "schlüssel" not in caught.value.message
+
+
 def test_without_a_key_none_is_sent() -> None:
     with serving(lambda handler, _: say(handler)) as (url, seen):
         ask(url)

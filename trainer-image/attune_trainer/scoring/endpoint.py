@@ -75,11 +75,14 @@ class Endpoint:
             told: where it is and how it may be asked.
             key: sent as a bearer token; None sends none.
             clock: for pauses and pacing.
+
+        Raises:
+            EndpointFailure: EndpointKeyUnusable.
         """
         self._told = told
         self._clock = clock
         self._url = f"{told.url.rstrip('/')}/audio/transcriptions"
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        headers = {} if key is None else {"authorization": f"Bearer {_check_key(key)}"}
         timeout = httpx.Timeout(told.timeout_seconds, connect=min(_CONNECT_SECONDS, told.timeout_seconds))
         self._client = httpx.Client(headers=headers, timeout=timeout, follow_redirects=False)
         self._lock = threading.Lock()
@@ -166,7 +169,7 @@ class Endpoint:
                 return late if body is None else self._understand(response, body)
         except httpx.TimeoutException:
             return late
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             return _Refusal(
                 "EndpointUnreachable",
                 f"cannot be reached ({type(error).__name__}){{tried}}: correct its url, or see that it runs and that "
@@ -229,6 +232,19 @@ class Endpoint:
         if status == httpx.codes.BAD_REQUEST and _refuses_language(body):
             return _Refusal("LanguageRefused", "", again=False)
         return _Refusal("EndpointRefused", f"refuses the request with status {status}", again=False)
+
+
+def _check_key(key: str) -> str:
+    """Gives the key without the line break that files end with."""
+    stripped = key.strip()
+    if not stripped or not stripped.isascii() or not stripped.isprintable():
+        raise EndpointFailure(
+            "EndpointKeyUnusable",
+            "apiKey in the Secret that keySecretRef names is empty or holds characters that no header can carry: "
+            "correct it",
+            ExitCode.ACCESS_DENIED,
+        )
+    return stripped
 
 
 def _read_text(response: httpx.Response, body: bytes) -> str | _Refusal:

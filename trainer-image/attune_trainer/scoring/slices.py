@@ -162,7 +162,7 @@ def find_gaps(
         by_label.setdefault(one.slice.label, []).append(one)
     gaps = []
     for label, values in by_label.items():
-        judged = [one for one in values if not one.slice.is_too_small]
+        judged = [one for one in values if not one.slice.is_too_small and one.slice.value != OTHER_VALUES]
         if len(judged) < 2:  # noqa: PLR2004 (a gap lies between two)
             continue
         best, worst = min(judged, key=_rate), max(judged, key=_rate)
