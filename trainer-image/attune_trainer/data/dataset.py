@@ -46,7 +46,7 @@ class Utterance:
         seconds: duration.
         audio_key: s3:// address of the FLAC file.
         audio_digest: 64 hexadecimal digits, the SHA-256 of the samples.
-        labels: further labels and their values, such as accent and channel.
+        labels: values of the Dataset's slices by name; one that it lacks is not there.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Utterance:
     seconds: float
     audio_key: str
     audio_digest: str
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def block(self, by: SplitBy) -> str:
         """Gives the label that never crosses splits, over which utterances are not independent."""
