@@ -57,7 +57,7 @@ SHUFFLED = drawn("tuned", 0.2, seed=2)
             [BASE], [wer_gate("0.1")], Decision.FINE_TUNE, None, "Wer 20.5 % is above 10 %", id="base alone fails"
         ),
         pytest.param(
-            [BASE], [wer_gate("0.3")], Decision.NO_FINE_TUNE_NEEDED, "base", "allow 30.0 % WER", id="base alone passes"
+            [BASE], [wer_gate("0.3")], Decision.NO_FINE_TUNE_NEEDED, "base", "allow 30 % WER", id="base alone passes"
         ),
         pytest.param([BASE], [], Decision.NO_FINE_TUNE_NEEDED, "base", "no gate", id="base alone without a gate"),
         pytest.param(

@@ -242,7 +242,7 @@ ENTITY_TERMS = ["New York City", "New York", "Dr. Müller", "metformin"]
         pytest.param("take metformin now", "take met formin now", 0, 1, id="two words instead of one"),
         pytest.param("dr müller here", "dr um müller here", 0, 1, id="a word in between"),
         pytest.param("um metformin", "yes um metformin", 1, 1, id="a word before it is not its fault"),
-        pytest.param("no metformin today", "metformin no today", 0, 1, id="the same word elsewhere does not count"),
+        pytest.param("ask for metformin", "metformin ask for", 0, 1, id="the same word elsewhere does not count"),
         pytest.param("nothing of note", "nothing of note", 0, 0, id="no entity"),
     ],
 )
@@ -332,7 +332,7 @@ def test_matched_pairs_of_single_words_is_the_paired_z_test() -> None:
         pytest.param((1, 0, 0, 1, 0), (0, 0, 0, 0, 0), 2, -1.0, id="two right words part segments"),
         pytest.param((1, 0, 1, 0, 0), (0, 0, 0, 0, 0), 1, -2.0, id="one does not"),
         pytest.param((1, 0, 0, 1, 0), (0, 0, 1, 0, 0), 1, -1.0, id="both have to be right"),
-        pytest.param((1, 0, 2, 0, 1, 0), (1, 0, 0, 0, 0, 0), 1, -2.0, id="an insertion parts nothing"),
+        pytest.param((1, 0, 2, 1, 0), (1, 0, 0, 0, 0), 1, -2.0, id="an insertion parts nothing"),
         pytest.param((0, 0, 0, 0), (0, 0, 0, 4), 1, 2.0, id="words behind the end"),
         pytest.param((0, 0, 0), (0, 0, 0), 0, 0.0, id="nobody errs"),
     ],
