@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
+from attune.contract.exitcode import ExitCode
 from attune.contract.job import EvaluateRecipe
 from attune.contract.measures import Metric
 from attune.contract.result import EvaluateResult, FailedCandidate, LeaderboardRow, SliceGap, Verdict
@@ -16,7 +18,7 @@ from attune_trainer.data.dataset import (
     read_audio,
 )
 from attune_trainer.decimals import decimal_string
-from attune_trainer.failures import InvalidInput, NotFound, RecipeFailure, StoreUnavailable, Terminated
+from attune_trainer.failures import InvalidInput, NotFound, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
 from attune_trainer.scoring.bootstrap import BootstrapInterval
 from attune_trainer.scoring.entities import Span, find_entities
@@ -208,7 +210,7 @@ def _hear_all(recipe: EvaluateRecipe, context: RecipeContext, split: Split) -> t
         except Terminated:
             raise
         except RecipeFailure as failure:
-            if failure.code is StoreUnavailable("", "").code and failure.reason != "HubUnavailable":
+            if failure.code is ExitCode.STORE_UNAVAILABLE and failure.reason != "HubUnavailable":
                 raise
             failures.append((candidate.name, failure))
             _log.warning("candidate not judged", extra={"candidate": candidate.name, "reason": failure.reason})
@@ -263,7 +265,7 @@ def _row(one: Judged, question: Question) -> LeaderboardRow:
     )
 
 
-def _span(name: str, figure: BootstrapInterval | None) -> dict[str, str]:
+def _span(name: str, figure: BootstrapInterval | None) -> dict[str, Any]:
     if figure is None:
         return {}
     ends = {"": figure.value, "_low": figure.low, "_high": figure.high}

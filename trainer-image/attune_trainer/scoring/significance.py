@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from attune_trainer.scoring.bootstrap import Series
@@ -116,7 +117,7 @@ def compare_with_bound(series: Series, blocks: Sequence[str], bound: float) -> C
     return _test_sum(np.asarray(series.parts, dtype=np.float64) - bound * wholes, wholes, blocks)
 
 
-def _test_sum(parts: np.ndarray, wholes: np.ndarray, blocks: Sequence[str]) -> Comparison:
+def _test_sum(parts: NDArray[np.float64], wholes: NDArray[np.float64], blocks: Sequence[str]) -> Comparison:
     index = {name: position for position, name in enumerate(sorted(set(blocks)))}
     places = np.array([index[name] for name in blocks], dtype=np.intp)
     by_block = np.bincount(places, parts, len(index))
