@@ -182,7 +182,8 @@ def _labels(leaderboard: Sequence[Judged], question: Question, work_directory: P
         found.append(
             {
                 "name": label,
-                "values": [
+                # Not "values": in a template that would be the method of a dict.
+                "entries": [
                     {
                         "name": together[0].slice.value,
                         "utterances": len(together[0].slice.places),
@@ -199,7 +200,7 @@ def _labels(leaderboard: Sequence[Judged], question: Question, work_directory: P
                         "worst": gap.worst.slice.value,
                         "gap": f"{100 * gap.difference.value:.1f} points",
                         "interval": f"{100 * gap.difference.low:.1f} to {100 * gap.difference.high:.1f} points",
-                        "values": gap.values,
+                        "judged": gap.values,
                         "too_small": gap.too_small,
                     }
                     for one in leaderboard
