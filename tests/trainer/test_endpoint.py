@@ -50,7 +50,14 @@ def serving(answer: Answer) -> Iterator[tuple[str, Requests]]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             with lock:
                 number = len(seen)
-                seen.append({"path": self.path, "headers": dict(self.headers), "body": body, "over": over})
+                seen.append(
+                    {
+                        "path": self.path,
+                        "headers": {name.lower(): value for name, value in self.headers.items()},
+                        "body": body,
+                        "over": over,
+                    }
+                )
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up, as it should
                 answer(self, number)
 
@@ -111,7 +118,7 @@ def test_a_request_is_as_openai_documents_it() -> None:
         assert ask(url + "/", key="the-key", model="vendor-large") == "press one"
     (request,) = seen
     assert request["path"] == "/v1/audio/transcriptions"
-    assert request["headers"]["Authorization"] == "Bearer the-key"
+    assert request["headers"]["authorization"] == "Bearer the-key"
     for part in (b'name="file"; filename="one.flac"', b"fLaC", b'name="model"\r\n\r\nvendor-large', b"\r\n\r\nen\r\n"):
         assert part in request["body"]
 
@@ -119,7 +126,7 @@ def test_a_request_is_as_openai_documents_it() -> None:
 def test_a_key_may_end_with_a_line_break_and_one_that_no_header_carries_is_said() -> None:
     with serving(lambda handler, _: say(handler)) as (url, seen):
         ask(url, key="the-key\n")
-    assert seen[0]["headers"]["Authorization"] == "Bearer the-key"
+    assert seen[0]["headers"]["authorization"] == "Bearer the-key"
     for key in (" \n", "the\nkey", "schlüssel"):
         with pytest.raises(EndpointFailure) as caught:
             ask(url, key=key)
@@ -130,7 +137,7 @@ def test_a_key_may_end_with_a_line_break_and_one_that_no_header_carries_is_said(
 def test_without_a_key_none_is_sent() -> None:
     with serving(lambda handler, _: say(handler)) as (url, seen):
         ask(url)
-    assert "Authorization" not in seen[0]["headers"]
+    assert "authorization" not in seen[0]["headers"]
 
 
 def test_what_passes_is_tried_again_with_growing_pauses() -> None:

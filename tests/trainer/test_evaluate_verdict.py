@@ -157,7 +157,7 @@ def test_inconclusive_names_words_that_would_have_decided() -> None:
 
 def test_a_reason_is_one_sentence_with_the_figures() -> None:
     assert decide([BASE, BETTER]).reason == (
-        "tuned makes 63.4 % fewer word errors than base (95 % interval: 61.5 to 65.6 % fewer), "
+        "tuned makes 63.4 % fewer word errors than base (95 % interval: 61.4 to 65.6 % fewer), "
         "7.5 % against 20.5 % WER on 2000 words."
     )
 

@@ -23,13 +23,14 @@ from attune_trainer.job import RecipeContext
 from attune_trainer.scoring.bootstrap import BootstrapInterval
 from attune_trainer.scoring.entities import Span, find_entities
 from attune_trainer.scoring.errors import total
+from attune_trainer.scoring.figures import Judged
 from attune_trainer.scoring.hearing import Heard, Split, hear
 from attune_trainer.scoring.noise import estimate_noise_ratio
 from attune_trainer.scoring.normaliser import NORMALISER, normalise
 from attune_trainer.scoring.publication import build_results, build_table
 from attune_trainer.scoring.report import Subject, write_report
 from attune_trainer.scoring.slices import Slice, divide, duration_of
-from attune_trainer.scoring.verdict import Failed, Judged, Judgement, Question, judge
+from attune_trainer.scoring.verdict import Failed, Judgement, Question, judge
 
 _log = logging.getLogger(__name__)
 

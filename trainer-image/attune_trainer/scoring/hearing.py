@@ -163,10 +163,10 @@ def hear(
     except RecipeFailure as failure:
         raise _named(candidate.name, failure) from failure
     except Exception as error:
-        failure = _explain(candidate.name, error)
-        if failure is None:
+        explained = _explain(candidate.name, error)
+        if explained is None:
             raise
-        raise failure from error
+        raise explained from error
     return _summarise(candidate.name, heard, split)
 
 

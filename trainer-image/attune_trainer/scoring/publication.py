@@ -11,10 +11,11 @@ from attune.contract.job import EvaluateRecipe
 from attune_trainer.data.dataset import Utterance
 from attune_trainer.scoring.bootstrap import REPLICATIONS, BootstrapInterval
 from attune_trainer.scoring.errors import histogram
+from attune_trainer.scoring.figures import Judged
 from attune_trainer.scoring.hearing import Heard
 from attune_trainer.scoring.normaliser import NORMALISER
 from attune_trainer.scoring.slices import Gap, SliceFigures
-from attune_trainer.scoring.verdict import Judged, Judgement, Question
+from attune_trainer.scoring.verdict import Judgement, Question
 
 
 def build_results(

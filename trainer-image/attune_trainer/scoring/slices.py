@@ -166,10 +166,9 @@ def find_gaps(
         if len(judged) < 2:  # noqa: PLR2004 (a gap lies between two)
             continue
         best, worst = min(judged, key=_rate), max(judged, key=_rate)
-        drawn = [choose_blocks([blocks[place] for place in one.slice.places])[0] for one in (best, worst)]
-        difference = bootstrap_gap(
-            candidate.take(best.slice.places), candidate.take(worst.slice.places), *drawn, confidence, seed
-        )
+        of_best, of_worst = (choose_blocks([blocks[place] for place in one.slice.places])[0] for one in (best, worst))
+        rates = candidate.take(best.slice.places), candidate.take(worst.slice.places)
+        difference = bootstrap_gap(*rates, of_best, of_worst, confidence, seed)
         gaps.append(Gap(label, best, worst, difference, len(judged), len(values) - len(judged)))
     return tuple(gaps)
 
