@@ -52,7 +52,7 @@ check: setup ## linters, types, import rules, generated files
 e2e: setup ## end to end on the one-node cluster
 	@$(RUN)/pytest -v -m node tests/e2e
 
-bench: setup ## make bench NAME=finetune-speed | augmentation | forgetting | false-rollback | operator-rest | weight-change
+bench: setup ## make bench NAME=finetune-speed | augmentation | forgetting | false-rollback | interval-coverage | operator-rest | weight-change
 	@test -n "$(NAME)" || { echo "say which: make bench NAME=finetune-speed (see bench/)"; exit 2; }
 	@$(RUN)/python -m bench.$(subst -,_,$(NAME))
 

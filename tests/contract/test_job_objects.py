@@ -1,5 +1,6 @@
 """The Job and its job.json: what the operator writes is what the trainer reads."""
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 from attune.api.dataset import PipelineStep
 from attune.api.meta import PodResources
-from attune.contract.environment import STOP_SECONDS, STORE_SECRET_KEYS
+from attune.contract.environment import STOP_SECONDS, STORE_SECRET_KEYS, endpoint_variable
 from attune.contract.exitcode import Disposition, ExitCode
-from attune.contract.job import FinetuneRecipe, JobSpec, PrepareRecipe, PrepareVolume
+from attune.contract.job import EvaluateRecipe, FinetuneRecipe, JobSpec, PrepareRecipe, PrepareVolume
 from attune.contract.result import Summary
 from attune.domain.actions import EnsureJob
-from attune.domain.names import build_job_name
+from attune.domain.names import build_job_name, is_same_run
 from attune.render.job import (
     CONTAINER,
     build_config_map,
@@ -40,6 +41,24 @@ SOURCES = [
     {"s3": {"uri": "s3://partner/", "credentialsSecretRef": {"name": "partner"}}, "format": "Directory"},
 ]
 
+ENDPOINT = {
+    "candidates": [
+        {"name": "base", "model": {"uri": "s3://models/whisper"}},
+        {
+            "name": "vendor",
+            "endpoint": {
+                "url": "https://asr.example.com/v1",
+                "keySecretRef": {"name": "vendor-key"},
+                "requestsPerMinute": 60,
+            },
+        },
+    ],
+    "metrics": ["Wer", "EntityAccuracy", "Latency"],
+    "slices": ["accent"],
+    "entities": {"terms": ["metformin"], "numbers": True},
+    "gates": [{"metric": "Wer", "maxChangeFromBaseline": "0.02", "slice": "accent"}],
+}
+
 
 def wanted(kind: str, **spec: Any) -> EnsureJob:
     """The wish for a Job that a resource of this kind has."""
@@ -59,6 +78,7 @@ def wanted(kind: str, **spec: Any) -> EnsureJob:
         ("job-prepare", "Dataset", {"sources": SOURCES, "resources": {"limits": {"cpu": "2", "memory": "2Gi"}}}),
         ("job-finetune", "FineTune", {"earlyStopping": {"patience": 2}, "checkpoint": {"everySteps": 20}}),
         ("job-evaluate", "Evaluation", {"gates": [{"metric": "Wer", "maxChangeFromBaseline": "-0.05"}]}),
+        ("job-evaluate-endpoint", "Evaluation", ENDPOINT),
     ],
 )
 def test_objects_are_as_reviewed(
@@ -290,3 +310,21 @@ def test_threads_follow_the_cpu_limit(limit: str, threads: str) -> None:
 @pytest.mark.parametrize("limit", ["2Gi", "1k", "3M"])
 def test_cpu_limit_that_is_none_is_left_to_the_api_server_to_judge(limit: str) -> None:
     assert build_thread_environment(PodResources(limits={"cpu": limit})) == {}
+
+
+def test_the_key_of_an_endpoint_reaches_the_trainer_by_reference_alone() -> None:
+    action = wanted("Evaluation", **ENDPOINT)
+    (container,) = build_job(action, SETTINGS)["spec"]["template"]["spec"]["containers"]
+    recipe = action.spec.recipe
+    assert isinstance(recipe, EvaluateRecipe)
+    base, vendor = recipe.candidates
+    assert base.endpoint is None
+    assert vendor.endpoint is not None
+    assert vendor.endpoint.key_index == 1
+    (variable,) = (one for one in container["env"] if one["name"] == endpoint_variable(1))
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "vendor-key", "key": "apiKey"}}
+    assert "vendor-key" not in build_config_map(action)["data"]["job.json"]
+    other = copy.deepcopy(ENDPOINT)
+    other["candidates"][1]["endpoint"]["keySecretRef"] = {"name": "new-key"}  # type: ignore[index, call-overload]
+    assert is_same_run(wanted("Evaluation", **other).name, action.name)  # another key makes no other figures
+    assert wanted("Evaluation", **other).name != action.name  # but a pod that waits for a missing Secret gets it

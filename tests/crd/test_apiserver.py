@@ -122,7 +122,7 @@ def _without_empty(value: Any) -> Any:
 
 
 IMMUTABLE = "is immutable: create a new resource instead"
-ONE_MODEL = "exactly one of model and fineTuneRef must be given"
+ONE_MODEL = "exactly one of model, fineTuneRef and endpoint must be given"
 ONE_SOURCE = "exactly one of uri and fineTuneRef must be given"
 ONE_OLD = "ewc.datasetRef must be given without replay, and only then"
 OLD = {"datasetRef": {"name": "general"}}
@@ -326,13 +326,54 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     "a metric that does not exist": ("Evaluation", "metrics", ["Bleu"], "Unsupported value"),
     "a gate with two bounds": (
         "Evaluation", "gates", [{"metric": "Wer", "max": "0.1", "maxChangeFromBaseline": "0"}],
-        "exactly one of max and maxChangeFromBaseline must be given",
+        "exactly one of max, min and maxChangeFromBaseline must be given",
     ),
     "a gate without a bound": (
-        "Evaluation", "gates", [{"metric": "Wer"}], "exactly one of max and maxChangeFromBaseline must be given",
+        "Evaluation", "gates", [{"metric": "Wer"}], "exactly one of max, min and maxChangeFromBaseline must be given",
     ),
     "a gate below -100 %": (
         "Evaluation", "gates", [{"metric": "Wer", "maxChangeFromBaseline": "-1.5"}], "must be between -1 and 1000",
+    ),
+    "a gate on an accuracy from above": (
+        "Evaluation", "gates", [{"metric": "SentenceAccuracy", "max": "0.9"}], "are better when larger and take min",
+    ),
+    "a gate on an error rate from below": (
+        "Evaluation", "gates", [{"metric": "Wer", "min": "0.9"}], "are better when larger and take min",
+    ),
+    "a gate on a slice that is not asked for": (
+        "Evaluation", "", {"slices": ["channel"], "gates": [{"metric": "Wer", "max": "0.1", "slice": "accent"}]},
+        "the slice of a gate must be one of spec.slices",
+    ),
+    "a gate on the speed of a slice": (
+        "Evaluation", "", {"slices": ["accent"], "gates": [{"metric": "Latency", "max": "1", "slice": "accent"}]},
+        "RealTimeFactor and Latency are not counted by utterance",
+    ),
+    "a slice twice": ("Evaluation", "slices", ["accent", "accent"], "Duplicate value"),
+    "a slice that is no label": ("Evaluation", "slices", ["a b"], "should match"),
+    "entity accuracy of nothing": (
+        "Evaluation", "metrics", ["EntityAccuracy"], "EntityAccuracy needs spec.entities",
+    ),
+    "a gate on the accuracy of no entities": (
+        "Evaluation", "gates", [{"metric": "EntityAccuracy", "min": "0.9"}], "EntityAccuracy needs spec.entities",
+    ),
+    "entities that nobody counts": (
+        "Evaluation", "entities", {"numbers": True}, "spec.entities is for the metric EntityAccuracy",
+    ),
+    "entities that are none": (
+        "Evaluation", "", {"metrics": ["EntityAccuracy"], "entities": {"numbers": False}},
+        "give terms, termsUri or numbers: true",
+    ),
+    "an endpoint with a key in its address": (
+        "Evaluation", "candidates.0", {"name": "base", "endpoint": {"url": "https://user:key@asr.example.com/v1"}},
+        "should match",
+    ),
+    "an endpoint that is no URL": (
+        "Evaluation", "candidates.0", {"name": "base", "endpoint": {"url": "asr.example.com/v1"}}, "should match",
+    ),
+    "an endpoint asked for ever": (
+        "Evaluation", "candidates.0",
+        {"name": "base", "endpoint": {"url": "https://asr.example.com/v1", "maxAttempts": 1000}},
+        "should be less than or equal to 10",
     ),
     "certainty": ("Evaluation", "confidence", "1", "must be between 0.5 and 0.999"),
     "a Canary with two models": ("Canary", "model.fineTuneRef", {"name": "x"}, ONE_SOURCE),

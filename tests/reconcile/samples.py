@@ -7,11 +7,13 @@ from attune.contract.result import (
     DatasetStatistics,
     Estimate,
     EvaluateResult,
+    FailedCandidate,
     FinetuneResult,
     Hardware,
     LeaderboardRow,
     PrepareResult,
     Rejection,
+    SliceGap,
     Splits,
     SplitStatistics,
     Verdict,
@@ -105,6 +107,33 @@ def row(candidate: str, rank: int, wer: str) -> LeaderboardRow:
 EVALUATED = EvaluateResult(
     leaderboard=[row("tuned", 1, "0.113"), row("base", 2, "0.196")],
     winner="tuned",
-    verdict=Verdict(decision=Decision.PROMOTE, reason="tuned is 42 % better than base"),
+    verdict=Verdict(
+        decision=Decision.PROMOTE,
+        reason="tuned is 42 % better than base. Not judged: vendor.",
+        would_change="new holdout audio on which tuned's interval reaches base's errors",
+    ),
     report_uri="s3://attune/evaluations/team/evaluation/holdout/1/report.html",
+    normaliser="attune-unicode-1",
+    gaps=[
+        SliceGap(
+            label="accent",
+            candidate="tuned",
+            best="us",
+            best_wer="0.08",
+            worst="scottish",
+            worst_wer="0.19",
+            gap="0.11",
+            gap_low="0.03",
+            gap_high="0.2",
+            values=3,
+            too_small=1,
+        )
+    ],
+    failed=[
+        FailedCandidate(
+            candidate="vendor",
+            reason="EndpointUnreachable",
+            message="the endpoint http://asr.vendor.svc:8000/v1 cannot be reached (ConnectError) in 4 attempts",
+        )
+    ],
 )

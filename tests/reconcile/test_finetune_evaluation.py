@@ -63,7 +63,13 @@ def test_the_chain_from_audio_to_verdict(namespace: Namespace, operator: Operato
     namespace.finish(judging, Summary(result=EVALUATED))
     verdict = namespace.wait_reason("Evaluation", "holdout", "Evaluated")
     assert verdict["message"].startswith("Promote: ")
-    assert namespace.get("Evaluation", "holdout")["status"]["winner"] == "tuned"
+    status = namespace.get("Evaluation", "holdout")["status"]
+    assert status["winner"] == "tuned"
+    assert status["verdict"]["wouldChange"] == EVALUATED.verdict.would_change
+    # The API server drops what the CRD does not have.
+    assert status["gaps"] == [one.model_dump(by_alias=True) for one in EVALUATED.gaps]
+    assert status["failed"] == [one.model_dump(by_alias=True) for one in EVALUATED.failed]
+    assert status["normaliser"] == EVALUATED.normaliser
 
 
 def test_revision_is_fixed_when_the_run_begins(namespace: Namespace, operator: OperatorProcess) -> None:

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from attune.contract.environment import TERMINATION_MESSAGE_BYTES
 from attune.contract.measures import Decision, Gate, Metric
-from attune.contract.result import EvaluateResult, LeaderboardRow, Summary, Verdict
+from attune.contract.result import EvaluateResult, FailedCandidate, LeaderboardRow, SliceGap, Summary, Verdict
 from attune.contract.training import Padding
 from attune_trainer.job import summarise
 from attune_trainer.scoring import ErrorCounts
-from attune_trainer.scoring.verdict import Judgement, Measured, judge
+from attune_trainer.scoring.figures import Measured
+from attune_trainer.scoring.slices import Slice, divide
+from attune_trainer.scoring.verdict import Failed, Judgement, Question, judge
 
 DIGEST = "sha256:" + "a" * 64
 UTTERANCES, WORDS_EACH = 200, 10
@@ -26,9 +29,10 @@ def drawn(name: str, rate: float, seed: int = 1, utterances: int = UTTERANCES) -
     return measured(name, np.random.default_rng(seed).binomial(WORDS_EACH, rate, utterances).tolist())
 
 
-def decide(candidates: Sequence[Measured], *gates: Gate, blocks: Sequence[str] | None = None) -> Judgement:
+def decide(candidates: Sequence[Measured], *gates: Gate, **changes: Any) -> Judgement:
     ids = [str(index) for index in range(len(candidates[0].words))]
-    return judge(candidates, blocks or ids, candidates[0].name, gates, 0.95, 7)
+    fields = {"blocks": ids, "baseline": candidates[0].name, "gates": gates}
+    return judge(candidates, Question(**(fields | changes)))
 
 
 def wer_gate(value: str) -> Gate:
@@ -53,7 +57,7 @@ SHUFFLED = drawn("tuned", 0.2, seed=2)
             [BASE], [wer_gate("0.1")], Decision.FINE_TUNE, None, "Wer 20.5 % is above 10 %", id="base alone fails"
         ),
         pytest.param(
-            [BASE], [wer_gate("0.3")], Decision.NO_FINE_TUNE_NEEDED, "base", "allow 30.0 % WER", id="base alone passes"
+            [BASE], [wer_gate("0.3")], Decision.NO_FINE_TUNE_NEEDED, "base", "allow 30 % WER", id="base alone passes"
         ),
         pytest.param([BASE], [], Decision.NO_FINE_TUNE_NEEDED, "base", "no gate", id="base alone without a gate"),
         pytest.param(
@@ -112,6 +116,8 @@ def test_verdict(
     assert says in judgement.reason
     assert judgement.reason.endswith(".")
     assert len(judgement.reason) <= 512
+    assert 0 < len(judgement.would_change) <= 256
+    assert not judgement.would_change.endswith(".")
 
 
 def test_ranking_is_by_corpus_rate_and_the_baseline_wins_ties() -> None:
@@ -151,7 +157,7 @@ def test_inconclusive_names_words_that_would_have_decided() -> None:
 
 def test_a_reason_is_one_sentence_with_the_figures() -> None:
     assert decide([BASE, BETTER]).reason == (
-        "tuned makes 63.4 % fewer word errors than base (95 % interval: 61.5 to 65.6 % fewer), "
+        "tuned makes 63.4 % fewer word errors than base (95 % interval: 61.4 to 65.6 % fewer), "
         "7.5 % against 20.5 % WER on 2000 words."
     )
 
@@ -180,6 +186,140 @@ def test_equal_models_are_promoted_no_oftener_than_the_confidence_allows() -> No
     assert promoted <= 4
 
 
+ACCENTS = ["us", "scottish"] * (UTTERANCES // 2)
+BY_ACCENT = divide("accent", ACCENTS, [WORDS_EACH] * UTTERANCES)
+
+
+def with_accent(name: str, like: Measured, scottish: int) -> Measured:
+    """As another candidate, but with so many errors more (or fewer) in each utterance of the second accent."""
+    return measured(
+        name,
+        [
+            min(WORDS_EACH, max(0, one.errors + (scottish if accent == "scottish" else 0)))
+            for one, accent in zip(like.words, ACCENTS, strict=True)
+        ],
+    )
+
+
+def test_a_candidate_that_is_worse_on_one_accent_beyond_doubt_is_not_promoted() -> None:
+    gate = Gate(metric=Metric.WER, max_change_from_baseline="0.02", slice="accent")
+    better = with_accent("tuned", with_accent("us", BASE, 0), -1)
+    assert decide([BASE, better], gate, slices=BY_ACCENT).decision is Decision.PROMOTE
+    uneven = measured(
+        "tuned",
+        [
+            one.errors + 1 if accent == "scottish" else max(0, one.errors - 2)
+            for one, accent in zip(BASE.words, ACCENTS, strict=True)
+        ],
+    )
+    assert decide([BASE, uneven]).decision is Decision.PROMOTE  # nothing is seen of it over all
+    judgement = decide([BASE, uneven], gate, slices=BY_ACCENT)
+    assert (judgement.decision, judgement.winner) == (Decision.KEEP, "base")
+    assert "in accent=scottish (1000 words)" in judgement.reason
+    assert judgement.would_change == "a model that keeps the gates: Wer change at most +2 % in each accent"
+    figures = {one.slice.value: one for one in judgement.leaderboard[0].slices}
+    assert figures["us"].change is not None
+    assert figures["us"].change.high < 0
+    assert figures["scottish"].change is not None
+    assert figures["scottish"].change.low > 0
+
+
+def test_a_gate_that_is_broken_on_a_slice_by_chance_perhaps_leaves_the_verdict_open() -> None:
+    gate = Gate(metric=Metric.WER, max_change_from_baseline="0", slice="accent")
+    generator = np.random.default_rng(8)
+    errors = []
+    for one, accent in zip(BASE.words, ACCENTS, strict=True):
+        drawn = int(generator.random() < 0.30) - int(generator.random() < 0.22)
+        errors.append(min(WORDS_EACH, max(0, one.errors + (drawn if accent == "scottish" else -2))))
+    judgement = decide([BASE, measured("tuned", errors)], gate, slices=BY_ACCENT)
+    assert judgement.decision is Decision.INCONCLUSIVE, judgement.reason
+    assert "but Wer change +" in judgement.reason
+    assert judgement.would_change.endswith("more words of accent=scottish")
+
+
+def test_slices_that_are_too_small_are_marked_and_say_nothing() -> None:
+    few = ["welsh" if place < 9 else "us" for place in range(UTTERANCES)]
+    slices = divide("accent", few, [WORDS_EACH] * UTTERANCES)
+    assert [(one.value, one.is_too_small) for one in slices] == [("us", False), ("welsh", True)]
+    worse_there = measured(
+        "tuned",
+        [WORDS_EACH if place < 9 else max(0, one.errors - 1) for place, one in enumerate(BASE.words)],
+    )
+    gate = Gate(metric=Metric.WER, max_change_from_baseline="0", slice="accent")
+    judgement = decide([BASE, worse_there], gate, slices=slices)
+    assert judgement.decision is Decision.PROMOTE
+    welsh = judgement.leaderboard[0].slices[1]
+    assert (welsh.change, welsh.p_value) == (None, None)
+    assert not judgement.leaderboard[0].gaps
+    only_small = divide("accent", [str(place // 5) for place in range(UTTERANCES)], [WORDS_EACH] * UTTERANCES)
+    judgement = decide([BASE, BETTER], gate, slices=only_small)
+    assert judgement.decision is Decision.INCONCLUSIVE
+    assert "no value of accent has the 100 words" in judgement.reason
+
+
+def test_the_gap_table_names_the_best_and_the_worst_value() -> None:
+    uneven = with_accent("base", BASE, 2)
+    judgement = decide([uneven], slices=BY_ACCENT)
+    (gap,) = judgement.leaderboard[0].gaps
+    assert (gap.best.slice.value, gap.worst.slice.value, gap.values, gap.too_small) == ("us", "scottish", 2, 0)
+    rates = {
+        accent: sum(one.errors for one, of in zip(uneven.words, ACCENTS, strict=True) if of == accent) / 1000
+        for accent in ("us", "scottish")
+    }
+    assert gap.difference.value == pytest.approx(rates["scottish"] - rates["us"])
+    assert 0 < gap.difference.low < gap.difference.value < gap.difference.high
+
+
+def test_of_equal_models_no_slice_is_called_different() -> None:
+    slices: list[Slice] = divide("accent", [str(place % 10) for place in range(UTTERANCES)], [WORDS_EACH] * UTTERANCES)
+    alarms = raw = 0
+    for seed in range(40):
+        base, other = drawn("base", 0.2, seed=2 * seed + 100), drawn("tuned", 0.2, seed=2 * seed + 101)
+        figures = next(one for one in decide([base, other], slices=slices).leaderboard if one.name == "tuned").slices
+        alarms += any(one.p_adjusted is not None and one.p_adjusted < 0.05 for one in figures)
+        raw += any(one.p_value is not None and one.p_value < 0.05 for one in figures)
+    assert raw >= 8  # about 40 % of the trials have one of ten below 0.05 by chance
+    assert alarms <= 6  # 2 of 40 expected
+
+
+def test_a_baseline_that_failed_leaves_the_others_their_figures() -> None:
+    failed = [Failed("base", "ModelNotFound", "there is no model")]
+    judgement = decide([BETTER], baseline="base", failed=failed)
+    assert (judgement.decision, judgement.winner) == (Decision.INCONCLUSIVE, None)
+    assert "(ModelNotFound)" in judgement.reason
+    assert judgement.leaderboard[0].wer.value == pytest.approx(0.075, abs=0.001)
+    assert judgement.leaderboard[0].change is None
+    judgement = decide([BASE, BETTER], failed=[Failed("vendor", "EndpointTimeout", "did not answer")])
+    assert judgement.decision is Decision.PROMOTE
+    assert judgement.reason.endswith("Not judged: vendor.")
+
+
+def test_accuracies_are_bounded_from_below() -> None:
+    asked = Gate(metric=Metric.SENTENCE_ACCURACY, min="0.9")
+    judgement = decide([BASE], asked)
+    assert judgement.decision is Decision.FINE_TUNE
+    accuracy = BASE.sentence_accuracy
+    assert judgement.leaderboard[0].failed_gates == (f"SentenceAccuracy {100 * accuracy:.1f} % is below 90 %",)
+    kept = decide([BASE], Gate(metric=Metric.SENTENCE_ACCURACY, min="0.01"))
+    assert kept.decision is Decision.NO_FINE_TUNE_NEEDED
+    doubt = decide([BASE], Gate(metric=Metric.SENTENCE_ACCURACY, min=f"{accuracy - 0.01:.3f}"))
+    assert doubt.decision is Decision.INCONCLUSIVE
+
+
+def test_the_smallest_change_that_shows_is_one_that_shows() -> None:
+    judgement = decide([BASE, SHUFFLED])
+    other = next(one for one in judgement.leaderboard if one.name == "tuned")
+    assert other.detectable is not None
+    shown = 0
+    for seed in range(60):
+        base = drawn("base", 0.2, seed=3000 + seed)
+        better = drawn("tuned", 0.2 * (1 - other.detectable), seed=9000 + seed)
+        change = next(one for one in decide([base, better]).leaderboard if one.name == "tuned").change
+        shown += change is not None and change.high < 0
+    # 80 % of 60 is 48; three standard deviations of the count are 9.
+    assert 39 <= shown <= 57
+
+
 def row(name: str, rank: int) -> LeaderboardRow:
     return LeaderboardRow(
         candidate=name,
@@ -197,7 +337,18 @@ def row(name: str, rank: int) -> LeaderboardRow:
         wer_high="0.1333",
         cer="0.0456",
         sentence_accuracy="0.6543",
+        cer_low="0.0412",
+        cer_high="0.0499",
+        sentence_accuracy_low="0.6234",
+        sentence_accuracy_high="0.6789",
+        entities=12_345,
+        entity_accuracy="0.8765",
+        entity_accuracy_low="0.8612",
+        entity_accuracy_high="0.8899",
         real_time_factor="0.1234",
+        latency_seconds="0.4567",
+        p_value="0.000123",
+        detectable_change="0.0345",
         change_from_baseline="-0.1234",
         change_low="-0.2345",
         change_high="-0.1111",
@@ -213,6 +364,7 @@ def test_summary_of_eight_candidates_fits_in_a_termination_message(length: int) 
         winner=names[0],
         verdict=Verdict(decision=Decision.PROMOTE, reason="r" * 512),
         report_uri="s3://" + "b" * 63 + "/" + "k" * 180 + "/report.html",
+        normaliser="attune-unicode-1",
     )
     message = summarise(result=result).to_message()
     assert len(message.encode()) <= TERMINATION_MESSAGE_BYTES
@@ -222,3 +374,41 @@ def test_summary_of_eight_candidates_fits_in_a_termination_message(length: int) 
     assert read.verdict == result.verdict
     assert [(one.wer, one.wer_low, one.wer_high) for one in read.leaderboard] == [("0.1234", "0.1111", "0.1333")] * 8
     assert read.leaderboard[0].model_digest == DIGEST  # of the winner, whatever else is left out
+
+
+def test_summary_with_gaps_and_failed_candidates_fits_and_still_names_them() -> None:
+    names = [f"{index}" + "n" * 62 for index in range(4)]
+    failed = [
+        FailedCandidate(candidate=f"{index}" + "f" * 62, reason="EndpointNotTranscribing", message="m" * 256)
+        for index in range(4)
+    ]
+    gap = SliceGap(
+        label="l" * 63,
+        candidate=names[0],
+        best="b" * 63,
+        best_wer="0.1",
+        worst="w" * 63,
+        worst_wer="0.2",
+        gap="0.1",
+        gap_low="0.05",
+        gap_high="0.15",
+        values=64,
+        too_small=10,
+    )
+    result = EvaluateResult(
+        leaderboard=[row(name, rank) for rank, name in enumerate(names, start=1)],
+        winner=names[0],
+        verdict=Verdict(decision=Decision.PROMOTE, reason="r" * 512, would_change="w" * 256),
+        report_uri="s3://" + "b" * 63 + "/" + "k" * 180 + "/report.html",
+        normaliser="attune-unicode-1",
+        gaps=[gap] * 8,
+        failed=failed,
+    )
+    message = summarise(result=result).to_message()
+    assert len(message.encode()) <= TERMINATION_MESSAGE_BYTES
+    read = Summary.model_validate(json.loads(message)).result
+    assert isinstance(read, EvaluateResult)
+    assert [(one.candidate, one.reason) for one in read.failed] == [(one.candidate, one.reason) for one in failed]
+    assert [one.wer for one in read.leaderboard] == ["0.1234"] * 4
+    small = result.model_copy(update={"leaderboard": result.leaderboard[:1], "failed": [], "gaps": [gap]})
+    assert summarise(result=small).result == small  # what fits stays

@@ -14,9 +14,20 @@ from attune_trainer.scoring import (
     count_errors,
     normalise,
 )
-from attune_trainer.scoring.errors import total
+from attune_trainer.scoring.bootstrap import Series, bootstrap_gap, bootstrap_quantile, bootstrap_rate, expanded_tail
+from attune_trainer.scoring.entities import count_entities, find_entities
+from attune_trainer.scoring.errors import align, slot_errors, total
+from attune_trainer.scoring.noise import estimate_noise_ratio
+from attune_trainer.scoring.significance import (
+    adjust_holm,
+    compare_matched_pairs,
+    compare_rates,
+    compare_with_bound,
+)
+from attune_trainer.scoring.slices import MOST_VALUES, NO_VALUE, OTHER_VALUES, divide
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "press", "hash"]
 SENTENCES = st.lists(st.sampled_from(WORDS), min_size=0, max_size=8).map(" ".join)
@@ -32,6 +43,8 @@ SENTENCES = st.lists(st.sampled_from(WORDS), min_size=0, max_size=8).map(" ".joi
         pytest.param("আমি বাংলায়", "bn", "আমি বাংলায়", id="Bengali keeps its nukta"),
         pytest.param("Straße, GROẞ", "de", "straße groß", id="German sharp s"),
         pytest.param("ISPARTA İzmir", "tr", "ısparta izmir", id="Turkish dotless and dotted i"),
+        pytest.param("مَرْحَبًا، بِكُم؟", "ar", "مَرْحَبًا بِكُم", id="Arabic keeps its vowel marks"),
+        pytest.param("你好，世界！", "zh", "你 好 世 界", id="Chinese by character"),
         pytest.param("ＦＵＬＬ　ｗｉｄｔｈ", "en", "full width", id="full-width forms"),
         pytest.param("今日は、晴れ。", "ja", "今 日 は 晴 れ", id="Japanese by character"),
         pytest.param("ภาษาไทย", "th", "ภ า ษ า ไ ท ย", id="Thai by character"),
@@ -193,3 +206,204 @@ def test_a_rate_needs_words_and_a_block_for_each_utterance() -> None:
         bootstrap_wer([ErrorCounts(insertions=1)], ["a"])
     with pytest.raises(ValueError, match="its block"):
         bootstrap_wer([ErrorCounts(hits=1, words=1)], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "slots"),
+    [
+        pytest.param("press one now", "um press won", (2, 1, 1, 0), id="worked example"),
+        pytest.param("a b", "a b c d", (0, 0, 4), id="words after the end"),
+        pytest.param("", "a b", (4,), id="nothing was said"),
+        pytest.param("a b", "", (1, 1, 0), id="nothing was heard"),
+    ],
+)
+def test_an_alignment_says_where_the_errors_are(reference: str, hypothesis: str, slots: tuple[int, ...]) -> None:
+    assert align(reference, hypothesis).slots == slots
+
+
+@given(SENTENCES, SENTENCES)
+def test_slots_hold_every_error_once(reference: str, hypothesis: str) -> None:
+    aligned = align(reference, hypothesis)
+    assert sum(map(slot_errors, aligned.slots)) == aligned.counts.errors
+    assert len(aligned.slots) == aligned.counts.words + 1
+    assert len(aligned.substitutions) == aligned.counts.substitutions
+    said = reference.split()
+    assert all(one in said for one, _ in aligned.substitutions)
+
+
+ENTITY_TERMS = ["New York City", "New York", "Dr. Müller", "metformin"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "right", "of"),
+    [
+        pytest.param("we meet in new york city", "we meet in new york city", 1, 1, id="the longest term counts alone"),
+        pytest.param("new york or new york city", "new york or newark city", 1, 2, id="each where it was said"),
+        pytest.param("take metformin now", "take met formin now", 0, 1, id="two words instead of one"),
+        pytest.param("dr müller here", "dr um müller here", 0, 1, id="a word in between"),
+        pytest.param("um metformin", "yes um metformin", 1, 1, id="a word before it is not its fault"),
+        pytest.param("ask for metformin", "metformin ask for", 0, 1, id="the same word elsewhere does not count"),
+        pytest.param("nothing of note", "nothing of note", 0, 0, id="no entity"),
+    ],
+)
+def test_entities_are_right_where_they_were_said(reference: str, hypothesis: str, right: int, of: int) -> None:
+    spans = find_entities([reference], ENTITY_TERMS, "en")
+    counted = count_entities(spans, [align(reference, hypothesis).slots])
+    assert (counted.part, counted.whole) == (right, of)
+
+
+@pytest.mark.parametrize(
+    ("reference", "language", "numbers"),
+    [
+        pytest.param("call four one one two now", "en", ["four one one two"], id="spoken in English"),
+        pytest.param("call 0800 12 now", "de", ["0800 12"], id="digits in any language"),
+        pytest.param("vier eins", "de", [], id="number words of other languages are not known"),
+        pytest.param("oh yes two oh two", "en", ["two oh two"], id="oh is a zero beside digits alone"),
+        pytest.param("room b12", "en", ["b12"], id="a word with digits"),
+    ],
+)
+def test_numbers_are_entities(reference: str, language: str, numbers: list[str]) -> None:
+    words = reference.split()
+    (spans,) = find_entities([reference], [], language, numbers=True)
+    assert [" ".join(words[first:end]) for first, end in spans] == numbers
+    assert find_entities([reference], [], language) == [()]
+
+
+def test_terms_are_normalised_as_the_language_asks() -> None:
+    reference = normalise("नमस्ते दिल्ली", "hi")
+    assert find_entities([reference], ["दिल्ली!"], "hi") == [((1, 2),)]
+    assert find_entities([normalise("今日は東京", "ja")], ["東京"], "ja") == [((3, 5),)]
+
+
+def test_the_tail_of_the_interval_is_students() -> None:
+    assert expanded_tail(0.95, 10) == pytest.approx(0.0086, abs=5e-5)
+    assert expanded_tail(0.95, 1000) == pytest.approx(0.0248, abs=5e-5)
+    # The mean of ten normal values: the interval is as wide as Student's, whose width is exact there.
+    generator = np.random.default_rng(2)
+    widths = []
+    for _ in range(20):
+        values = generator.normal(1000, 100, 10).round().astype(int).tolist()
+        interval = bootstrap_rate(Series(tuple(values), (1000,) * 10), [str(place) for place in range(10)])
+        students = stats.t.interval(0.95, 9, np.mean(values), stats.sem(values))
+        widths.append((interval.high - interval.low) * 1000 / (students[1] - students[0]))
+    assert np.mean(widths) == pytest.approx(1.0, abs=0.06)
+
+
+def test_the_interval_of_a_quantile_is_near_scipys() -> None:
+    values = np.random.default_rng(4).gamma(3.0, 0.2, 400).tolist()
+    interval = bootstrap_quantile(values, 0.95)
+    oracle = stats.quantile_test(values, p=0.95).confidence_interval(0.95)
+    assert interval.value == pytest.approx(np.quantile(values, 0.95))
+    assert interval.low == pytest.approx(oracle.low, rel=0.08)
+    assert interval.high == pytest.approx(oracle.high, rel=0.08)
+
+
+def test_the_interval_of_a_gap_is_that_of_two_means() -> None:
+    generator = np.random.default_rng(6)
+    one, other = generator.binomial(10, 0.1, 300), generator.binomial(10, 0.2, 200)
+    ids = [str(place) for place in range(300)]
+    gap = bootstrap_gap(
+        Series(tuple(one.tolist()), (10,) * 300), Series(tuple(other.tolist()), (10,) * 200), ids, ids[:200]
+    )
+    oracle = stats.ttest_ind(other / 10, one / 10, equal_var=False).confidence_interval(0.95)
+    assert gap.value == pytest.approx(other.mean() / 10 - one.mean() / 10)
+    assert (gap.low, gap.high) == (pytest.approx(oracle.low, abs=0.003), pytest.approx(oracle.high, abs=0.003))
+
+
+def test_matched_pairs_of_single_words_is_the_paired_z_test() -> None:
+    # Utterances of one word: every one of them is a segment, where anybody errs.
+    generator = np.random.default_rng(1)
+    one = [(int(error), 0) for error in generator.random(400) < 0.3]
+    other = [(int(error), 0) for error in generator.random(400) < 0.2]
+    tested = compare_matched_pairs(one, other)
+    differences = [b[0] - a[0] for a, b in zip(one, other, strict=True) if a[0] or b[0]]
+    z = np.mean(differences) / (np.std(differences, ddof=1) / np.sqrt(len(differences)))
+    assert tested.segments == len(differences)
+    assert tested.z == pytest.approx(z)
+    assert tested.p_value == pytest.approx(2 * stats.norm.sf(abs(z)))
+    assert tested.p_value == pytest.approx(stats.ttest_1samp(differences, 0.0).pvalue, abs=0.002)
+    mirrored = compare_matched_pairs(other, one)
+    assert (mirrored.z, mirrored.p_value) == (pytest.approx(-tested.z), pytest.approx(tested.p_value))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "segments", "mean"),
+    [
+        pytest.param((1, 0, 0, 1, 0), (0, 0, 0, 0, 0), 2, -1.0, id="two right words part segments"),
+        pytest.param((1, 0, 1, 0, 0), (0, 0, 0, 0, 0), 1, -2.0, id="one does not"),
+        pytest.param((1, 0, 0, 1, 0), (0, 0, 1, 0, 0), 1, -1.0, id="both have to be right"),
+        pytest.param((1, 0, 2, 1, 0), (1, 0, 0, 0, 0), 1, -2.0, id="an insertion parts nothing"),
+        pytest.param((0, 0, 0, 0), (0, 0, 0, 4), 1, 2.0, id="words behind the end"),
+        pytest.param((0, 0, 0), (0, 0, 0), 0, 0.0, id="nobody errs"),
+    ],
+)
+def test_segments_are_cut_where_both_are_right(
+    one: tuple[int, ...], other: tuple[int, ...], segments: int, mean: float
+) -> None:
+    tested = compare_matched_pairs([one], [other])
+    assert (tested.segments, tested.mean) == (segments, mean)
+
+
+def test_matched_pairs_calls_equal_systems_different_as_rarely_as_promised() -> None:
+    generator = np.random.default_rng(12)
+    alarms = 0
+    for _ in range(400):
+        one, other = ([(*map(int, generator.random(8) < 0.15), 0) for _ in range(60)] for _ in range(2))
+        alarms += compare_matched_pairs(one, other).p_value < 0.05
+    # 20 of 400 expected; three standard deviations are 13.
+    assert 7 <= alarms <= 33
+
+
+def test_comparison_of_rates_is_students_paired_test_where_blocks_are_alike() -> None:
+    generator = np.random.default_rng(3)
+    before, after = generator.binomial(20, 0.2, 25), generator.binomial(20, 0.17, 25)
+    ids = [str(place) for place in range(25)]
+    series = [Series(tuple(errors.tolist()), (20,) * 25) for errors in (before, after)]
+    compared = compare_rates(*series, ids)
+    oracle = stats.ttest_rel(after, before)
+    assert compared.p_two_sided == pytest.approx(oracle.pvalue)
+    assert compared.p_above == pytest.approx(stats.ttest_rel(after, before, alternative="greater").pvalue)
+    bound = compare_with_bound(series[0], ids, 0.15)
+    assert bound.p_above == pytest.approx(stats.ttest_1samp(before / 20, 0.15, alternative="greater").pvalue)
+
+
+def test_holms_correction() -> None:
+    assert adjust_holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjust_holm([]) == []
+    assert adjust_holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
+def test_holm_rejects_as_its_step_down_rule_says(p_values: list[float], level: float) -> None:
+    rejected = set()
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        if p_values[place] * (len(p_values) - rank) >= level:
+            break
+        rejected.add(place)
+    assert {place for place, p_value in enumerate(adjust_holm(p_values)) if p_value < level} == rejected
+
+
+def test_slices_are_bounded_and_nothing_is_lost() -> None:
+    values = [f"v{place}" if place else None for place in range(MOST_VALUES + 20)]
+    words = [200 - place for place in range(len(values))]
+    slices = divide("accent", values, words)
+    assert len(slices) == MOST_VALUES + 1
+    assert slices[0].value == NO_VALUE
+    assert slices[-1].value == OTHER_VALUES
+    assert sorted(place for one in slices for place in one.places) == list(range(len(values)))
+    assert sum(one.words for one in slices) == sum(words)
+
+
+@pytest.mark.parametrize("ratio", [5.0, 15.0, 30.0])
+def test_noise_is_estimated_from_pauses(ratio: float) -> None:
+    generator = np.random.default_rng(1)
+    rate = 16000
+    speech = np.sin(2 * np.pi * 200 * np.arange(3 * rate) / rate) * (np.arange(3 * rate) % rate < 0.6 * rate)
+    power = 0.5 / 10 ** (ratio / 10)
+    noisy = 0.1 * (speech + generator.normal(0, np.sqrt(power), len(speech)))
+    assert estimate_noise_ratio(noisy.astype(np.float32), rate) == pytest.approx(ratio, abs=1.5)
+
+
+def test_noise_of_silence_and_of_clips_too_short_is_a_number() -> None:
+    assert estimate_noise_ratio(np.zeros(16000, np.float32), 16000) == 0.0
+    assert estimate_noise_ratio(np.zeros(3, np.float32), 16000) == 0.0

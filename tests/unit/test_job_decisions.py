@@ -17,7 +17,7 @@ from attune.domain.names import build_job_name, fingerprint, is_same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.reconcile.samples import TRAINED
+from tests.reconcile.samples import EVALUATED, TRAINED
 from tests.unit.worlds import (
     KINDS,
     NOW,
@@ -327,6 +327,14 @@ def test_evaluation_follows_its_inputs_and_keeps_a_verdict_while_they_are_away()
     assert condition(away.status, "Succeeded")[0] == "True"
     newer = replace(done, dataset=ObservedDatasetRef("calls", "Ready", "sha256:" + "b" * 64, "s3://attune/b"))
     assert [type(one) for one in decide_evaluation(newer).actions] == [DeleteJob, EnsureJob, EmitEvent]
+
+
+def test_all_that_an_evaluation_has_found_is_in_its_status() -> None:
+    done = settle(replace(settle(observe("Evaluation")), jobs=(finished(wanted_name("Evaluation"), "Evaluation"),)))  # type: ignore[arg-type]
+    assert isinstance(done, ObservedEvaluation)
+    status = done.resource.status.model_dump()
+    for name in ("leaderboard", "gaps", "failed", "verdict", "normaliser", "winner"):
+        assert status[name] == EVALUATED.model_dump()[name]
 
 
 def test_verdict_on_an_earlier_spec_is_none_on_one_whose_inputs_are_missing() -> None:

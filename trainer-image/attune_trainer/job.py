@@ -236,19 +236,36 @@ def _shorter_forms(part: Any) -> Iterator[Any]:
 
 def _shorter_leaderboards(result: EvaluateResult) -> Iterator[EvaluateResult]:
     """Leaves out what decided nothing: most failed gates, side figures, digests' tails and intervals of the others."""
-    rows = result.leaderboard
-    first = next((row.candidate for row in rows if row.candidate == result.winner), rows[0].candidate)
-    side_figures: dict[str, Any] = dict.fromkeys(("cer", "sentence_accuracy", "real_time_factor"))
-    steps: tuple[Callable[[LeaderboardRow], dict[str, Any]], ...] = (
-        lambda row: {"failed_gates": [text[:64] for text in row.failed_gates[:2]]},
-        lambda row: {} if row.candidate == first else side_figures,
-        lambda _: {"failed_gates": []} | side_figures,
-        lambda row: {} if row.candidate == first else {"model_digest": row.model_digest[:19]},
-        lambda row: {} if row.candidate == first else {"change_low": None, "change_high": None},
+    first = next((row.candidate for row in result.leaderboard if row.candidate == result.winner), None)
+    first = first or result.leaderboard[0].candidate
+    side = ("cer", "sentence_accuracy", "entity_accuracy")
+    ends: dict[str, Any] = dict.fromkeys(f"{name}_{end}" for name in side for end in ("low", "high"))
+    others = ("entities", "real_time_factor", "latency_seconds", "p_value", "detectable_change")
+    figures: dict[str, Any] = ends | dict.fromkeys((*side, *others))
+
+    def change(step: Callable[[LeaderboardRow], dict[str, Any]]) -> EvaluateResult:
+        rows = [row.model_copy(update=step(row)) for row in result.leaderboard]
+        return result.model_copy(update={"leaderboard": rows})
+
+    yield (result := change(lambda row: {"failed_gates": [text[:64] for text in row.failed_gates[:2]]}))
+    yield (result := change(lambda row: {} if row.candidate == first else ends))
+    yield (result := change(lambda row: {} if row.candidate == first else figures))
+    for characters in (128, 64):
+        told = [one.model_copy(update={"message": one.message[:characters]}) for one in result.failed]
+        yield (result := result.model_copy(update={"failed": told}))
+    for gaps in (4, 1, 0):
+        yield (result := result.model_copy(update={"gaps": result.gaps[:gaps]}))
+    yield (result := change(lambda _: {"failed_gates": []} | figures))
+    yield (
+        result := change(
+            lambda row: (
+                {} if row.candidate == first or row.model_digest is None else {"model_digest": row.model_digest[:19]}
+            )
+        )
     )
-    for step in steps:
-        rows = [row.model_copy(update=step(row)) for row in rows]
-        yield result.model_copy(update={"leaderboard": rows})
+    yield (result := change(lambda row: {} if row.candidate == first else {"change_low": None, "change_high": None}))
+    verdict = result.verdict.model_copy(update={"would_change": None})
+    yield result.model_copy(update={"normaliser": None, "verdict": verdict})
 
 
 def write_termination_message(summary: Summary) -> None:

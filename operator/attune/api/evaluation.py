@@ -11,14 +11,17 @@ from attune.api.meta import (
     PodResources,
     QueueableSpec,
     Resource,
+    SecretRef,
     SpecModel,
     Status,
     StatusModel,
     cel,
 )
-from attune.contract.base import DecimalString, DnsLabel, Uri, between
+from attune.contract.base import DecimalString, DnsLabel, S3Uri, Uri, between
 from attune.contract.measures import Decision, Metric
 from attune.contract.training import Padding
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$", min_length=1, max_length=63)]
 
 
 class CandidateModel(SpecModel):
@@ -27,42 +30,122 @@ class CandidateModel(SpecModel):
     uri: Uri = Field(description="s3://bucket/prefix or hf://organisation/name.")
 
 
+class EndpointSpec(SpecModel):
+    """A server that speaks OpenAI's transcription API (POST url/audio/transcriptions)."""
+
+    url: Annotated[
+        str,
+        Field(
+            pattern=r"^https?://[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?$",
+            min_length=8,
+            max_length=512,
+        ),
+    ] = Field(
+        description="Where it is, up to and with the version: http://asr.vendor.svc:8000/v1. No key belongs here."
+    )
+    model: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")] = Field(
+        default="whisper-1", description="Name of the model in its requests."
+    )
+    key_secret_ref: SecretRef | None = Field(
+        default=None, description="Secret whose apiKey is sent as a bearer token; absent where none is wanted."
+    )
+    requests_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        le=60000,
+        description="Most requests a minute, retries included; absent: as fast as it answers.",
+    )
+    timeout_seconds: int = Field(default=60, ge=1, le=600, description="Longest wait for one answer, in seconds.")
+    max_attempts: int = Field(
+        default=4, ge=1, le=10, description="Attempts for one utterance; one that fails them all fails the candidate."
+    )
+
+
 class Candidate(SpecModel):
-    """A named model to be judged. Exactly one of model and fineTuneRef is given."""
+    """Something named that is to be judged. Exactly one of model, fineTuneRef and endpoint is given."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            ("has(self.model) != has(self.fineTuneRef)", "exactly one of model and fineTuneRef must be given")
+            (
+                "(has(self.model) ? 1 : 0) + (has(self.fineTuneRef) ? 1 : 0) + (has(self.endpoint) ? 1 : 0) == 1",
+                "exactly one of model, fineTuneRef and endpoint must be given",
+            )
         )
     )
 
     name: DnsLabel = Field(description="Name in the leaderboard.")
     model: CandidateModel | None = Field(default=None, description="A model by its files.")
     fine_tune_ref: LocalRef | None = Field(default=None, description="A FineTune; its finished model is judged.")
+    endpoint: EndpointSpec | None = Field(default=None, description="A server that transcribes.")
 
 
 class GateSpec(SpecModel):
-    """A bound that the winner must keep. Exactly one of max and maxChangeFromBaseline is given."""
+    """A bound that the winner must keep. Exactly one of max, min and maxChangeFromBaseline is given."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "has(self.max) != has(self.maxChangeFromBaseline)",
-                "exactly one of max and maxChangeFromBaseline must be given",
-            )
+                "(has(self.max) ? 1 : 0) + (has(self.min) ? 1 : 0) + (has(self.maxChangeFromBaseline) ? 1 : 0) == 1",
+                "exactly one of max, min and maxChangeFromBaseline must be given",
+            ),
+            (
+                "(self.metric in ['SentenceAccuracy', 'EntityAccuracy']) == has(self.min)",
+                (
+                    "SentenceAccuracy and EntityAccuracy are better when larger and take min; the other metrics take "
+                    "max or maxChangeFromBaseline"
+                ),
+            ),
+            (
+                "!has(self.slice) || self.metric in ['Wer', 'Cer', 'SentenceAccuracy', 'EntityAccuracy']",
+                "RealTimeFactor and Latency are not counted by utterance: leave slice out",
+            ),
         )
     )
 
-    metric: Literal[Metric.WER, Metric.CER, Metric.REAL_TIME_FACTOR] = Field(
-        description="What is bounded: Wer, Cer or RealTimeFactor."
-    )
+    metric: Metric = Field(description="What is bounded.")
     max: Annotated[DecimalString, between("0", "1000")] | None = Field(
         default=None,
-        description="Largest allowed value, as a fraction: 0.10 is 10 %.",
+        description="Largest allowed value, as a fraction: 0.10 is 10 %; of Latency in seconds.",
+    )
+    min: Annotated[DecimalString, between("0", "1")] | None = Field(
+        default=None, description="Smallest allowed value of an accuracy, as a fraction: 0.95 is 95 %."
     )
     max_change_from_baseline: Annotated[DecimalString, between("-1", "1000")] | None = Field(
         default=None,
         description="Largest allowed relative change from the baseline; -0.05 demands at least 5 % better.",
+    )
+    slice: Label | None = Field(
+        default=None,
+        description=(
+            "One of spec.slices: each of its values must keep the bound. A value fails when the bound is broken beyond "
+            "doubt (Holm's correction over all values); where it is broken within the interval the verdict is "
+            "Inconclusive."
+        ),
+    )
+
+
+class EntitiesSpec(SpecModel):
+    """What must be heard word for word. At least one of terms, termsUri and numbers is given."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                (
+                    "(has(self.terms) && size(self.terms) > 0) || has(self.termsUri) "
+                    "|| (has(self.numbers) && self.numbers)"
+                ),
+                "give terms, termsUri or numbers: true",
+            ),
+        )
+    )
+
+    terms: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=256)] = Field(
+        default=[], description="Names and terms, of one or more words; they are normalised as the transcripts are."
+    )
+    terms_uri: S3Uri | None = Field(default=None, description="A text file in the store with one term a line.")
+    numbers: bool = Field(
+        default=False,
+        description="Every run of words with digits; in English also of number words: four one one two.",
     )
 
 
@@ -72,6 +155,24 @@ class EvaluationSpec(QueueableSpec):
     model_config = ConfigDict(
         json_schema_extra=cel(
             ("self.candidates.exists(c, c.name == self.baseline)", "baseline must be the name of a candidate"),
+            (
+                "!has(self.gates) || self.gates.all(g, !has(g.slice) || (has(self.slices) && g.slice in self.slices))",
+                "the slice of a gate must be one of spec.slices",
+            ),
+            (
+                (
+                    "has(self.entities) || ((!has(self.metrics) || !('EntityAccuracy' in self.metrics)) && "
+                    "(!has(self.gates) || !self.gates.exists(g, g.metric == 'EntityAccuracy')))"
+                ),
+                "EntityAccuracy needs spec.entities",
+            ),
+            (
+                (
+                    "!has(self.entities) || (has(self.metrics) && 'EntityAccuracy' in self.metrics) || "
+                    "(has(self.gates) && self.gates.exists(g, g.metric == 'EntityAccuracy'))"
+                ),
+                "spec.entities is for the metric EntityAccuracy: add it to metrics, or leave entities out",
+            ),
         )
     )
 
@@ -90,6 +191,15 @@ class EvaluationSpec(QueueableSpec):
     gates: Annotated[list[GateSpec], Field(max_length=16)] = Field(
         default=[], description="Bounds that the winner must keep."
     )
+    slices: Annotated[list[Label], Field(max_length=8)] = Field(
+        default=[],
+        description=(
+            "Labels by whose values the figures are given as well: labels of the Dataset's utterances, speaker, group, "
+            "or duration. At most 64 values of a label are shown, those with most words."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    entities: EntitiesSpec | None = Field(default=None, description="What EntityAccuracy counts.")
     confidence: Annotated[DecimalString, between("0.5", "0.999")] = Field(
         default="0.95", description="Confidence of the intervals."
     )
@@ -103,7 +213,9 @@ class LeaderboardRowStatus(StatusModel):
     candidate: str = Field(max_length=63, description="Name of the candidate.")
     rank: int = Field(ge=1, description="1 is the best.")
     model_digest: str | None = Field(default=None, max_length=71, description="Digest of the judged files.")
-    padding: Padding = Field(description="How its audio was padded, as in serving.")
+    padding: Padding | None = Field(
+        default=None, description="How its audio was padded, as in serving; an endpoint does not say."
+    )
     utterances: int = Field(ge=0, description="Utterances judged.")
     words: int = Field(ge=0, description="Reference words.")
     hits: int = Field(ge=0, description="Words heard right.")
@@ -114,11 +226,30 @@ class LeaderboardRowStatus(StatusModel):
     wer_low: DecimalString = Field(description="Lower end of its interval.")
     wer_high: DecimalString = Field(description="Upper end of its interval.")
     cer: DecimalString | None = Field(default=None, description="Character error rate.")
+    cer_low: DecimalString | None = Field(default=None, description="Lower end of its interval.")
+    cer_high: DecimalString | None = Field(default=None, description="Upper end of its interval.")
     sentence_accuracy: DecimalString | None = Field(default=None, description="Share of utterances without an error.")
+    sentence_accuracy_low: DecimalString | None = Field(default=None, description="Lower end of its interval.")
+    sentence_accuracy_high: DecimalString | None = Field(default=None, description="Upper end of its interval.")
+    entities: int | None = Field(default=None, ge=0, description="Names, numbers and terms in the references.")
+    entity_accuracy: DecimalString | None = Field(
+        default=None, description="Share of them that was heard word for word."
+    )
+    entity_accuracy_low: DecimalString | None = Field(default=None, description="Lower end of its interval.")
+    entity_accuracy_high: DecimalString | None = Field(default=None, description="Upper end of its interval.")
     real_time_factor: DecimalString | None = Field(default=None, description="Seconds of work for a second of audio.")
+    latency_seconds: DecimalString | None = Field(
+        default=None, description="Seconds within which 95 % of utterances, one at a time, were answered."
+    )
     change_from_baseline: DecimalString | None = Field(default=None, description="Relative change of WER.")
     change_low: DecimalString | None = Field(default=None, description="Lower end of its paired interval.")
     change_high: DecimalString | None = Field(default=None, description="Upper end of its paired interval.")
+    p_value: DecimalString | None = Field(
+        default=None, description="Of the matched-pairs sentence-segment word error test against the baseline."
+    )
+    detectable_change: DecimalString | None = Field(
+        default=None, description="Smallest relative change that this split would have shown four times in five."
+    )
     failed_gates: list[Annotated[str, Field(max_length=128)]] = Field(
         default=[], max_length=16, description="Gates that it does not keep."
     )
@@ -129,6 +260,31 @@ class VerdictStatus(StatusModel):
 
     decision: Decision = Field(description="Promote, Keep, FineTune, NoFineTuneNeeded or Inconclusive.")
     reason: str = Field(max_length=512, description="The figure that decided.")
+    would_change: str | None = Field(default=None, max_length=256, description="What would lead to another decision.")
+
+
+class SliceGapStatus(StatusModel):
+    """How far apart the values of a label are for the candidate that comes first; rates are fractions."""
+
+    label: str = Field(max_length=63, description="The label.")
+    candidate: str = Field(max_length=63, description="Name of the candidate.")
+    best: str = Field(max_length=63, description="The value with the lowest word error rate.")
+    best_wer: DecimalString = Field(description="Its word error rate.")
+    worst: str = Field(max_length=63, description="The value with the highest word error rate.")
+    worst_wer: DecimalString = Field(description="Its word error rate.")
+    gap: DecimalString = Field(description="Their difference.")
+    gap_low: DecimalString = Field(description="Lower end of its interval.")
+    gap_high: DecimalString = Field(description="Upper end of its interval.")
+    values: int = Field(ge=0, description="Values that were judged.")
+    too_small: int = Field(ge=0, description="Values with too few words to say anything.")
+
+
+class FailedCandidateStatus(StatusModel):
+    """A candidate that could not be judged."""
+
+    candidate: str = Field(max_length=63, description="Its name.")
+    reason: str = Field(max_length=63, description="CamelCase reason.")
+    message: str = Field(max_length=256, description="What happened, and what to change.")
 
 
 class EvaluationStatus(Status):
@@ -138,7 +294,18 @@ class EvaluationStatus(Status):
     winner: str | None = Field(default=None, max_length=63, description="The best candidate.")
     verdict: VerdictStatus | None = Field(default=None, description="What to do.")
     dataset_revision: str | None = Field(default=None, max_length=71, description="Revision that was judged on.")
-    report: str | None = Field(default=None, max_length=1024, description="HTML report in the store.")
+    gaps: list[SliceGapStatus] = Field(default=[], max_length=8, description="By label of spec.slices.")
+    failed: list[FailedCandidateStatus] = Field(
+        default=[], max_length=8, description="Candidates that could not be judged; the others were."
+    )
+    normaliser: str | None = Field(
+        default=None, max_length=63, description="Name of the rules by which texts were made comparable."
+    )
+    report: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="HTML report in the store; results.json and utterances.parquet lie beside it.",
+    )
     job_name: str | None = Field(default=None, max_length=63, description="The evaluation's Job.")
 
 

@@ -29,6 +29,9 @@ STORE_SECRET_REQUIRED: Final = frozenset({STORE_ENDPOINT, STORE_BUCKET})
 # kill looks like one that ran out of memory, so each pod's grace period is longer.
 STOP_SECONDS: Final = 50
 
+# Key of an endpoint's Secret; it is sent as a bearer token.
+ENDPOINT_SECRET_KEY: Final = "apiKey"  # noqa: S105 (a key's name, no secret)
+
 # The pod's uid (downward API): fences what an attempt writes.
 ATTEMPT_UID: Final = "ATTUNE_ATTEMPT_UID"
 
@@ -49,6 +52,14 @@ SERVE_MODEL_URI: Final = "ATTUNE_MODEL_URI"
 SERVE_MODEL_DIGEST: Final = "ATTUNE_MODEL_DIGEST"
 SERVE_MODEL_ID: Final = "ATTUNE_MODEL_ID"
 SERVE_TRACK: Final = "ATTUNE_TRACK"
+
+
+def endpoint_variable(index: int) -> str:
+    """Names the variable that carries the key of a candidate's endpoint.
+
+    endpoint_variable(1) -> "ATTUNE_ENDPOINT_1_KEY".
+    """
+    return f"ATTUNE_ENDPOINT_{index}_KEY"
 
 
 def source_variable(index: int, store_variable: str) -> str:

@@ -215,11 +215,32 @@ class FinetuneRecipe(ContractModel):
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+class EndpointInput(ContractModel):
+    """A server that speaks OpenAI's transcription API. url ends before /audio/transcriptions."""
+
+    url: str
+    model: str = "whisper-1"
+    # Where set, the key is in the variable that contract.environment.endpoint_variable names.
+    key_index: int | None = None
+    requests_per_minute: int | None = None  # absent: as fast as it answers
+    timeout_seconds: int = 60  # for one answer
+    max_attempts: int = 4  # for one utterance
+
+
 class EvaluateCandidate(ContractModel):
-    """A named model to be judged."""
+    """Something named that is to be judged: exactly one of model and endpoint is given."""
 
     name: str
-    model: ModelInput
+    model: ModelInput | None = None
+    endpoint: EndpointInput | None = None
+
+
+class Entities(ContractModel):
+    """What must be heard word for word: terms, those of a file in the store, and numbers."""
+
+    terms: list[str] = []
+    terms_uri: str | None = None  # a text file, one term a line
+    numbers: bool = False
 
 
 class EvaluateRecipe(ContractModel):
@@ -232,6 +253,8 @@ class EvaluateRecipe(ContractModel):
     baseline: str
     metrics: list[Metric]
     gates: list[Gate] = []
+    slices: list[str] = []  # labels of utterances
+    entities: Entities | None = None
     confidence: DecimalString = "0.95"
     seed: int = 7
     output_prefix: str  # key prefix of the report and the full results

@@ -158,12 +158,15 @@ class FinetuneResult(ContractModel):
 
 
 class LeaderboardRow(ContractModel):
-    """One candidate's figures with their intervals; rates are fractions."""
+    """One candidate's figures with their intervals; rates are fractions.
+
+    What does not fit into a Summary is left out there, and is in results.json beside the report.
+    """
 
     candidate: str
     rank: int
-    model_digest: str
-    padding: Padding
+    model_digest: str | None = None  # an endpoint shows no files
+    padding: Padding | None = None  # and pads as it likes
     utterances: int
     words: int
     hits: int
@@ -174,12 +177,23 @@ class LeaderboardRow(ContractModel):
     wer_low: DecimalString
     wer_high: DecimalString
     cer: DecimalString | None = None
+    cer_low: DecimalString | None = None
+    cer_high: DecimalString | None = None
     sentence_accuracy: DecimalString | None = None
+    sentence_accuracy_low: DecimalString | None = None
+    sentence_accuracy_high: DecimalString | None = None
+    entities: int | None = None  # that the references hold
+    entity_accuracy: DecimalString | None = None
+    entity_accuracy_low: DecimalString | None = None
+    entity_accuracy_high: DecimalString | None = None
     real_time_factor: DecimalString | None = None
+    latency_seconds: DecimalString | None = None  # 95 % of utterances take at most this
     # Relative to the baseline's WER, with the paired interval; absent for the baseline itself.
     change_from_baseline: DecimalString | None = None
     change_low: DecimalString | None = None
     change_high: DecimalString | None = None
+    p_value: DecimalString | None = None  # of the matched-pairs sentence-segment word error test
+    detectable_change: DecimalString | None = None  # the smallest that this split shows four times in five
     failed_gates: list[str] = Field(default=[], max_length=16)
 
 
@@ -188,6 +202,31 @@ class Verdict(ContractModel):
 
     decision: Decision
     reason: str = Field(max_length=512)
+    would_change: str | None = Field(default=None, max_length=256)  # what would lead to another decision
+
+
+class SliceGap(ContractModel):
+    """How far apart the values of a label are for the candidate that comes first; rates are fractions."""
+
+    label: str = Field(max_length=63)
+    candidate: str
+    best: str = Field(max_length=63)
+    best_wer: DecimalString
+    worst: str = Field(max_length=63)
+    worst_wer: DecimalString
+    gap: DecimalString  # worst - best
+    gap_low: DecimalString
+    gap_high: DecimalString
+    values: int  # that were judged
+    too_small: int  # values with too few words to say anything
+
+
+class FailedCandidate(ContractModel):
+    """A candidate that could not be judged, and why."""
+
+    candidate: str
+    reason: str = Field(max_length=63)
+    message: str = Field(max_length=256)
 
 
 class EvaluateResult(ContractModel):
@@ -197,7 +236,11 @@ class EvaluateResult(ContractModel):
     leaderboard: list[LeaderboardRow] = Field(max_length=8)
     winner: str | None = None
     verdict: Verdict
-    report_uri: str
+    report_uri: str  # results.json and utterances.parquet lie beside it
+    # Absent in results of trainers before these were told.
+    normaliser: str | None = Field(default=None, max_length=63)
+    gaps: list[SliceGap] = Field(default=[], max_length=8)
+    failed: list[FailedCandidate] = Field(default=[], max_length=8)
 
 
 class ScoreResult(ContractModel):

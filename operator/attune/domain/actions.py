@@ -14,9 +14,10 @@ class EnsureJob:
     """A Job (and the ConfigMap with its job.json) must exist under this name, running or suspended.
 
     source_secrets: name of the Secret with a source's own credentials, by the source's index. source_claims: name of
-    the PersistentVolumeClaim that a source is on, likewise. With a queue (of Kueue) the Job is created suspended and
-    never changed again: Kueue decides when it runs. With several nodes it has as many pods, and they find each other
-    through a headless Service of the owner's.
+    the PersistentVolumeClaim that a source is on, likewise. endpoint_secrets: name of the Secret with the key of a
+    candidate's endpoint, by the candidate's index. With a queue (of Kueue) the Job is created suspended and never
+    changed again: Kueue decides when it runs. With several nodes it has as many pods, and they find each other through
+    a headless Service of the owner's.
     """
 
     name: str
@@ -25,6 +26,7 @@ class EnsureJob:
     resources: PodResources | None = None
     source_secrets: tuple[tuple[int, str], ...] = ()
     source_claims: tuple[tuple[int, str], ...] = ()
+    endpoint_secrets: tuple[tuple[int, str], ...] = ()
     # GPU processes or not, a Job that trains gets this long to save a checkpoint when it is told to stop.
     termination_grace_seconds: int = 60
     queue: str | None = None

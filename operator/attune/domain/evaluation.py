@@ -4,8 +4,24 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from attune.api.evaluation import Candidate, Evaluation, EvaluationStatus, LeaderboardRowStatus, VerdictStatus
-from attune.contract.job import DatasetInput, EvaluateCandidate, EvaluateRecipe, ModelInput, Split
+from attune.api.evaluation import (
+    Candidate,
+    Evaluation,
+    EvaluationStatus,
+    FailedCandidateStatus,
+    LeaderboardRowStatus,
+    SliceGapStatus,
+    VerdictStatus,
+)
+from attune.contract.job import (
+    DatasetInput,
+    EndpointInput,
+    Entities,
+    EvaluateCandidate,
+    EvaluateRecipe,
+    ModelInput,
+    Split,
+)
 from attune.contract.measures import Gate
 from attune.contract.result import EvaluateResult
 from attune.domain.actions import EnsureJob, Plan
@@ -116,13 +132,21 @@ def build_evaluate_job(observed: ObservedEvaluation) -> EnsureJob:
     recipe = EvaluateRecipe(
         dataset=DatasetInput(name=dataset.name, revision=dataset.revision, uri=dataset.uri),
         split=Split(spec.split),
-        candidates=[EvaluateCandidate(name=one.name, model=_find_model(one, models)) for one in spec.candidates],
+        candidates=[_build_candidate(index, one, models) for index, one in enumerate(spec.candidates)],
         baseline=spec.baseline,
         metrics=spec.metrics,
         gates=[
-            Gate(metric=one.metric, max=one.max, max_change_from_baseline=one.max_change_from_baseline)
+            Gate(
+                metric=one.metric,
+                max=one.max,
+                min=one.min,
+                max_change_from_baseline=one.max_change_from_baseline,
+                slice=one.slice,
+            )
             for one in spec.gates
         ],
+        slices=spec.slices,
+        entities=None if spec.entities is None else Entities.model_validate(spec.entities.model_dump()),
         confidence=spec.confidence,
         output_prefix="",
     )
@@ -134,7 +158,20 @@ def build_evaluate_job(observed: ObservedEvaluation) -> EnsureJob:
         turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
+        endpoint_secrets=tuple(
+            (index, one.endpoint.key_secret_ref.name)
+            for index, one in enumerate(spec.candidates)
+            if one.endpoint is not None and one.endpoint.key_secret_ref is not None
+        ),
     )
+
+
+def _build_candidate(index: int, candidate: Candidate, models: dict[str, ModelInput | None]) -> EvaluateCandidate:
+    if candidate.endpoint is None:
+        return EvaluateCandidate(name=candidate.name, model=_find_model(candidate, models))
+    told = candidate.endpoint.model_dump(exclude={"key_secret_ref"})
+    key_index = None if candidate.endpoint.key_secret_ref is None else index
+    return EvaluateCandidate(name=candidate.name, endpoint=EndpointInput(**told, key_index=key_index))
 
 
 def _find_model(candidate: Candidate, models: dict[str, ModelInput | None]) -> ModelInput:
@@ -153,7 +190,10 @@ def _take_result(
         update={
             "leaderboard": [LeaderboardRowStatus.model_validate(row.model_dump()) for row in result.leaderboard],
             "winner": result.winner,
-            "verdict": VerdictStatus(decision=result.verdict.decision, reason=result.verdict.reason),
+            "verdict": VerdictStatus.model_validate(result.verdict.model_dump()),
+            "gaps": [SliceGapStatus.model_validate(gap.model_dump()) for gap in result.gaps],
+            "failed": [FailedCandidateStatus.model_validate(one.model_dump()) for one in result.failed],
+            "normaliser": result.normaliser,
             "dataset_revision": revision,
             "report": result.report_uri,
             "job_name": job_name,

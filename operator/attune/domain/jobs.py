@@ -192,6 +192,7 @@ def build_ensure_job(
     resources: PodResources | None,
     source_secrets: tuple[tuple[int, str], ...] = (),
     source_claims: tuple[tuple[int, str], ...] = (),
+    endpoint_secrets: tuple[tuple[int, str], ...] = (),
     termination_grace_seconds: int = 60,
     placement: tuple[str, ...] = (),
     nodes: int = 1,
@@ -208,6 +209,7 @@ def build_ensure_job(
     place = fingerprint(
         resources,
         *(f"{index}={secret}" for index, secret in source_secrets),
+        *(f"endpoint {index}={secret}" for index, secret in endpoint_secrets),
         *placement,
         *(f"{what}={name}" for what, name in turns.items() if name is not None),
         digits=5,
@@ -219,6 +221,7 @@ def build_ensure_job(
         resources=resources,
         source_secrets=source_secrets,
         source_claims=source_claims,
+        endpoint_secrets=endpoint_secrets,
         termination_grace_seconds=termination_grace_seconds,
         queue=turn.queue_name,
         workload_priority_class=turn.workload_priority_class_name,
@@ -400,7 +403,7 @@ def _describe_pods(wanted: EnsureJob, job: ObservedJob, words: Wording, surround
     """
     pods = job.latest_pods
     starting = (pod for pod in pods if pod.phase not in ("Running", "Succeeded", "Failed"))
-    blocked = next((why for pod in starting if (why := _describe_waiting(pod, surroundings)) is not None), None)
+    blocked = next((why for pod in starting if (why := _describe_waiting(wanted, pod, surroundings)) is not None), None)
     if blocked is not None:
         return _work_on(words, "Pending", *blocked, warning=True)
     failed = [pod for pod in pods if pod.phase == "Failed"]
@@ -515,7 +518,7 @@ def _parse_failure(message: str | None) -> Failure | None:
     return summary.failure if summary is not None else None
 
 
-def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str, str] | None:
+def _describe_waiting(wanted: EnsureJob, pod: ObservedPod, surroundings: Surroundings) -> tuple[str, str] | None:
     """Says why a pod does not start, where somebody has to do something; None while it is on its way."""
     claim = MISSING_CLAIM.search(pod.unschedulable or "")
     if claim is not None:
@@ -548,6 +551,14 @@ def _describe_waiting(pod: ObservedPod, surroundings: Surroundings) -> tuple[str
     if found is not None:
         secret = found.group(1)
         what = "the store's" if secret == surroundings.store_secret else "a source's"
+        if any(secret == name for _, name in wanted.endpoint_secrets):
+            return (
+                SECRET_NOT_FOUND,
+                (
+                    f"Secret {secret} (key of a candidate's endpoint) does not exist in this namespace; create it with "
+                    "the key apiKey, and the Job goes on by itself"
+                ),
+            )
         return (
             SECRET_NOT_FOUND,
             (

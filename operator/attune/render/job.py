@@ -5,6 +5,7 @@ from typing import Any, Final, Protocol
 from attune.api.meta import PodResources
 from attune.contract.environment import (
     ATTEMPT_UID,
+    ENDPOINT_SECRET_KEY,
     GANG_PORT,
     JOB_FILE,
     JOB_FILE_VARIABLE,
@@ -20,6 +21,7 @@ from attune.contract.environment import (
     TERMINATION_MESSAGE_VARIABLE,
     TRAINING_PORT,
     WORK_DIRECTORY_VARIABLE,
+    endpoint_variable,
     source_mount,
     source_variable,
 )
@@ -72,6 +74,10 @@ class JobRequest(Protocol):
     @property
     def source_claims(self) -> tuple[tuple[int, str], ...]:
         """(index of a source, PersistentVolumeClaim that it is on)."""
+
+    @property
+    def endpoint_secrets(self) -> tuple[tuple[int, str], ...]:
+        """(index of a candidate, Secret with its endpoint's key)."""
 
     @property
     def termination_grace_seconds(self) -> int:
@@ -282,6 +288,10 @@ def _build_environment(request: JobRequest, settings: Settings) -> list[dict[str
             )
             for index, secret in request.source_secrets
             for variable in _SOURCE_VARIABLES
+        ),
+        *(
+            _from_secret(endpoint_variable(index), secret, ENDPOINT_SECRET_KEY, optional=False)
+            for index, secret in request.endpoint_secrets
         ),
     ]
 

@@ -1,63 +1,56 @@
-"""evaluate: candidates x a split -> leaderboard with intervals, winner, verdict, report."""
+"""evaluate: candidates x a split -> leaderboard with intervals, slices, winner, verdict, report."""
 
-import gc
-import hashlib
-import json
 import logging
-import shutil
-import sys
-import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import attune
-import jiwer
-from attune.contract.job import EvaluateCandidate, EvaluateRecipe, SplitBy
+from attune.contract.exitcode import ExitCode
+from attune.contract.job import EvaluateRecipe
 from attune.contract.measures import Metric
-from attune.contract.result import EvaluateResult, LeaderboardRow, Verdict
-from pydantic import TypeAdapter
+from attune.contract.result import EvaluateResult, FailedCandidate, LeaderboardRow, SliceGap, Verdict
 
-from attune_trainer.data.dataset import Utterance, fetch_audio, load_manifest, load_split, read_audio, total_seconds
+from attune_trainer.data.dataset import (
+    DatasetManifest,
+    Utterance,
+    fetch_audio,
+    load_manifest,
+    load_split,
+    read_audio,
+)
 from attune_trainer.decimals import decimal_string
-from attune_trainer.failures import InvalidInput, NotFound, OutOfMemory, RecipeFailure, Terminated, is_out_of_memory
+from attune_trainer.failures import InvalidInput, NotFound, RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
-from attune_trainer.modeling import load_recognizer
-from attune_trainer.processors import describe_processors
 from attune_trainer.scoring.bootstrap import BootstrapInterval
-from attune_trainer.scoring.errors import count_characters, count_errors, total
+from attune_trainer.scoring.entities import Span, find_entities
+from attune_trainer.scoring.errors import total
+from attune_trainer.scoring.figures import Judged
+from attune_trainer.scoring.hearing import Heard, Split, hear
+from attune_trainer.scoring.noise import estimate_noise_ratio
 from attune_trainer.scoring.normaliser import NORMALISER, normalise
-from attune_trainer.scoring.report import Subject, histogram, write_report
-from attune_trainer.scoring.verdict import Judged, Judgement, Measured, judge
-from attune_trainer.store import digest_directory, fetch_model
+from attune_trainer.scoring.publication import build_results, build_table
+from attune_trainer.scoring.report import Subject, write_report
+from attune_trainer.scoring.slices import Slice, divide, duration_of
+from attune_trainer.scoring.verdict import Failed, Judgement, Question, judge
 
 _log = logging.getLogger(__name__)
 
-# Utterances handed over at a time: enough for full batches, few enough to stop and report soon.
-_CHUNK = 64
 _REASON_CHARACTERS = 512
+_CHANGE_CHARACTERS = 256
+_MESSAGE_CHARACTERS = 256
 _GATE_CHARACTERS = 96
-
-
-@dataclass(frozen=True)
-class _Heard:
-    """A candidate's figures, and how often each of its confusions happened."""
-
-    measured: Measured
-    confusions: tuple[int, ...]
-
-
-_HEARD: TypeAdapter[_Heard] = TypeAdapter(_Heard)
+_LABEL_CHARACTERS = 63
+_MOST_TERMS = 10_000
+_SAMPLE_RATE = 16000  # Hz, of prepared audio
 
 
 def run(recipe: EvaluateRecipe, context: RecipeContext) -> EvaluateResult:
     """Judges the candidates on the split, each padded as it is served.
 
+    A candidate that cannot be judged is named in the result, and the others are judged without it.
+
     Raises:
-        RecipeFailure: naming the candidate, where its model cannot be fetched or loaded; InvalidEvaluation; EmptySplit;
-            and the store's failures.
+        RecipeFailure: where no candidate can be judged, the first one's; InvalidEvaluation; EmptySplit; UnknownSlice;
+            NoEntities; and the store's failures.
     """
     _check(recipe)
     context.reporter.update(stage="Downloading", percent=1)
@@ -65,205 +58,185 @@ def run(recipe: EvaluateRecipe, context: RecipeContext) -> EvaluateResult:
     utterances = load_split(context.store, recipe.dataset, recipe.split)
     if not utterances:
         raise InvalidInput("EmptySplit", f"the {recipe.split.value} split of dataset {recipe.dataset.name} is empty")
-    audio = context.directory("audio")
-
-    def report(fetched: int) -> None:
-        context.raise_if_stopped()
-        context.reporter.update(step=fetched, total_steps=len(utterances))
-
-    fetch_audio(context.store, utterances, audio, report)
     references = [normalise(one.text, manifest.language) for one in utterances]
-    heard = []
-    for position, candidate in enumerate(recipe.candidates):
-        context.raise_if_stopped()
-        heard.append(_measure(candidate, position, recipe, context, utterances, references, manifest.language))
-        counts = total(heard[-1].measured.words)
-        _log.info(
-            "candidate measured",
-            extra={
-                "candidate": candidate.name,
-                "wordErrorRate": round(counts.rate, 4),
-                "realTimeFactor": round(heard[-1].measured.real_time_factor, 4),
-            },
-        )
+    slices = _divide(recipe, utterances, references)
+    spans = _find_entities(recipe, context, references, manifest.language)
+    split = Split(utterances, references, manifest.language, context.directory("audio"))
+    _fetch(context, split)
+    heard, failed = _hear_all(recipe, context, split)
     context.reporter.update(stage="Judging", percent=95)
-    blocks = [one.block(manifest.by) for one in utterances]
-    judgement = judge(
-        [one.measured for one in heard], blocks, recipe.baseline, recipe.gates, float(recipe.confidence), recipe.seed
+    question = Question(
+        blocks=[one.block(manifest.by) for one in utterances],
+        baseline=recipe.baseline,
+        gates=recipe.gates,
+        confidence=float(recipe.confidence),
+        seed=recipe.seed,
+        metrics=recipe.metrics,
+        slices=slices,
+        spans=spans,
+        failed=failed,
     )
+    judgement = judge([one.measured for one in heard], question)
     context.reporter.update(stage="Publishing", percent=97)
-    report_uri = _publish(recipe, context, utterances, heard, judgement, manifest.by)
+    report_uri = _publish(recipe, context, split, heard, judgement, question, manifest)
     return EvaluateResult(
-        leaderboard=[_row(one, recipe) for one in judgement.leaderboard],
+        leaderboard=[_row(one, question) for one in judgement.leaderboard],
         winner=judgement.winner,
-        verdict=Verdict(decision=judgement.decision, reason=judgement.reason[:_REASON_CHARACTERS]),
+        verdict=Verdict(
+            decision=judgement.decision,
+            reason=judgement.reason[:_REASON_CHARACTERS],
+            would_change=judgement.would_change[:_CHANGE_CHARACTERS],
+        ),
         report_uri=report_uri,
+        normaliser=NORMALISER,
+        gaps=_gaps(judgement.leaderboard[0]),
+        failed=[
+            FailedCandidate(candidate=one.name, reason=one.reason, message=one.message[:_MESSAGE_CHARACTERS])
+            for one in failed
+        ],
     )
 
 
 def _check(recipe: EvaluateRecipe) -> None:
     names = [one.name for one in recipe.candidates]
     if len(set(names)) != len(names):
-        raise InvalidInput("InvalidEvaluation", "two candidates have the same name; give each its own")
+        raise _invalid("two candidates have the same name; give each its own")
     if recipe.baseline not in names:
-        raise InvalidInput("InvalidEvaluation", f"the baseline {recipe.baseline} is none of the candidates")
+        raise _invalid(f"the baseline {recipe.baseline} is none of the candidates")
+    for one in recipe.candidates:
+        if (one.model is None) == (one.endpoint is None):
+            raise _invalid(f"candidate {one.name} needs exactly one of model and endpoint")
     for gate in recipe.gates:
-        if (gate.max is None) == (gate.max_change_from_baseline is None):
-            raise InvalidInput("InvalidEvaluation", "each gate needs exactly one of max and maxChangeFromBaseline")
-        if gate.metric is Metric.SENTENCE_ACCURACY:
-            raise InvalidInput("InvalidEvaluation", "SentenceAccuracy is better when larger; a gate cannot bound it")
-
-
-def _measure(
-    candidate: EvaluateCandidate,
-    position: int,
-    recipe: EvaluateRecipe,
-    context: RecipeContext,
-    utterances: Sequence[Utterance],
-    references: Sequence[str],
-    language: str,
-) -> _Heard:
-    """Lets one candidate hear the split, or reads what this very model heard before; a failure names the candidate.
-
-    What was heard lies beside the Dataset's revision, so that an attempt that was cut off goes on where it was, and
-    another Evaluation of the same model on the same split need not hear it again; nor fetch it, where the candidate
-    names its digest.
-    """
-    try:
-        context.reporter.update(stage="LoadingModel", percent=_begun(recipe, position))
-        folder, known = context.directory("models") / str(position), candidate.model.digest
-        digest = known or digest_directory(fetch_model(context.store, candidate.model.uri, folder))
-        question = _question(recipe, digest)
-        name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
-        key = f"{recipe.dataset.uri.rstrip('/')}/measured/{name}.json"
-        heard = _read_measured(context, key, question)
-        if heard is None:
-            if known:
-                fetch_model(context.store, candidate.model.uri, folder, known)
-            heard = _transcribe_all(
-                candidate, folder, digest, position, recipe, context, utterances, references, language
+        if [gate.max, gate.min, gate.max_change_from_baseline].count(None) != 2:  # noqa: PLR2004 (two of three)
+            raise _invalid("each gate needs exactly one of max, min and maxChangeFromBaseline")
+        if gate.metric.is_accuracy != (gate.min is not None):
+            better, bound = ("larger", "min") if gate.metric.is_accuracy else ("smaller", "max")
+            raise _invalid(f"{gate.metric.value} is better when {better}; a gate bounds it by {bound}")
+        if gate.slice is not None and (gate.slice not in recipe.slices or not gate.metric.is_counted):
+            raise _invalid(
+                f"the gate on {gate.metric.value} in {gate.slice} needs a slice of spec.slices, and a metric that is "
+                "counted by utterance"
             )
-            context.publish(key, {"question": question, "heard": _HEARD.dump_python(heard, mode="json")})
-        shutil.rmtree(folder, ignore_errors=True)
-        return replace(heard, measured=replace(heard.measured, name=candidate.name))
-    except Terminated:
-        raise
-    except RecipeFailure as failure:
-        raise RecipeFailure(
-            failure.code, failure.reason, f"candidate {candidate.name}: {failure.message}", failure.rejections
-        ) from failure
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"candidate {candidate.name} needs more memory than the pod has: raise the memory in "
-            "spec.resources.limits, or evaluate a smaller model"
-        ) from error
-
-
-def _question(recipe: EvaluateRecipe, model_digest: str) -> dict[str, Any]:
-    """Names everything that what is heard depends on; with the machine, where its speed counts too."""
-    question: dict[str, Any] = {
-        "attune": attune.__version__,
-        "dataset": recipe.dataset.revision,
-        "split": recipe.split.value,
-        "model": model_digest,
-        "normaliser": NORMALISER,
-    }
-    if Metric.REAL_TIME_FACTOR in {*recipe.metrics, *(gate.metric for gate in recipe.gates)}:
-        question["machine"] = describe_processors()
-    return question
-
-
-def _begun(recipe: EvaluateRecipe, position: int) -> float:
-    """Gives the progress in percent at which a candidate's turn begins; all of them take 5 to 95."""
-    return 5 + 90 / len(recipe.candidates) * position
-
-
-def _read_measured(context: RecipeContext, key: str, question: dict[str, Any]) -> _Heard | None:
-    """Gives what was measured before, where it answers the same question."""
-    try:
-        content = json.loads(context.store.read_bytes(key))
-        if content["question"] != question:
-            return None
-        heard = _HEARD.validate_python(content["heard"])
-    except NotFound:
-        return None
-    except (ValueError, KeyError, TypeError):
-        _log.warning("what was measured before is not readable; measuring again", extra={"key": key})
-        return None
-    _log.info("measured before", extra={"key": key})
-    return heard
-
-
-def _transcribe_all(
-    candidate: EvaluateCandidate,
-    folder: Path,
-    digest: str,
-    position: int,
-    recipe: EvaluateRecipe,
-    context: RecipeContext,
-    utterances: Sequence[Utterance],
-    references: Sequence[str],
-    language: str,
-) -> _Heard:
-    begun, share = _begun(recipe, position), _begun(recipe, 1) - _begun(recipe, 0)
-    recognizer = load_recognizer(folder)
-    audio = context.directory("audio")
-    # Clips of like length together: a batch is as long as its longest.
-    order = sorted(range(len(utterances)), key=lambda index: (utterances[index].seconds, utterances[index].id))
-    recognizer.warm_up()
-    hypotheses: dict[int, str] = {}
-    seconds = 0.0
-    context.reporter.update(stage="Transcribing", step=0, total_steps=len(utterances))
-    for start in range(0, len(order), _CHUNK):
-        context.raise_if_stopped()
-        chunk = order[start : start + _CHUNK]
-        clips = [read_audio(context.store, utterances[index], audio) for index in chunk]
-        began = time.perf_counter()
-        texts = recognizer.transcribe(clips, language=language.partition("-")[0])
-        seconds += time.perf_counter() - began
-        hypotheses.update(zip(chunk, texts, strict=True))
-        context.reporter.update(step=len(hypotheses), percent=begun + share * len(hypotheses) / len(order))
-    normalised = [normalise(hypotheses[index], language) for index in range(len(utterances))]
-    measured = Measured(
-        name=candidate.name,
-        model_digest=digest,
-        padding=recognizer.padding,
-        words=tuple(map(count_errors, references, normalised)),
-        characters=tuple(
-            count_characters(reference, text, language) for reference, text in zip(references, normalised, strict=True)
-        ),
-        work_seconds=seconds,
-        audio_seconds=total_seconds(utterances),
-    )
-    del recognizer
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return _Heard(measured, _confusions(references, normalised))
-
-
-def _confusions(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[int, ...]:
-    """Counts how often each word was taken for each other word; gives the counts without the words, largest first."""
-    aligned = jiwer.process_words(list(references), list(hypotheses))
-    pairs: Counter[tuple[str, str]] = Counter()
-    for reference, hypothesis, chunks in zip(aligned.references, aligned.hypotheses, aligned.alignments, strict=True):
-        for chunk in chunks:
-            if chunk.type == "substitute":
-                pairs.update(
-                    zip(
-                        reference[chunk.ref_start_idx : chunk.ref_end_idx],
-                        hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx],
-                        strict=True,
-                    )
-                )
-    return tuple(sorted(pairs.values(), reverse=True))
-
-
-def _row(one: Judged, recipe: EvaluateRecipe) -> LeaderboardRow:
     wanted = {*recipe.metrics, *(gate.metric for gate in recipe.gates)}
+    if (Metric.ENTITY_ACCURACY in wanted) != (recipe.entities is not None):
+        raise _invalid("EntityAccuracy and spec.entities belong together: give both or neither")
+
+
+def _invalid(message: str) -> InvalidInput:
+    return InvalidInput("InvalidEvaluation", message)
+
+
+def _divide(recipe: EvaluateRecipe, utterances: Sequence[Utterance], references: Sequence[str]) -> list[Slice]:
+    """Divides the split by each label that was asked for.
+
+    Raises:
+        RecipeFailure: UnknownSlice, where no utterance has it.
+    """
+    own = [
+        {"speaker": one.speaker, "group": one.group, "duration": duration_of(one.seconds), **one.labels}
+        for one in utterances
+    ]
+    words = [len(reference.split()) for reference in references]
+    slices: list[Slice] = []
+    for label in recipe.slices:
+        values = [labels.get(label) for labels in own]
+        if not any(values):
+            known = sorted({name for labels in own for name in labels})
+            raise InvalidInput(
+                "UnknownSlice",
+                f"no utterance of the {recipe.split.value} split has a label {label}: take it out of spec.slices, or "
+                f"name it in the Dataset's slices and manifest; there is {', '.join(known[:16])}",
+            )
+        slices += divide(label, values, words)
+    return slices
+
+
+def _find_entities(
+    recipe: EvaluateRecipe, context: RecipeContext, references: Sequence[str], language: str
+) -> list[tuple[Span, ...]]:
+    """Finds what EntityAccuracy counts; nothing where it was not asked for.
+
+    Raises:
+        RecipeFailure: NoEntities, TermsNotFound, TermsUnreadable, and the store's.
+    """
+    told = recipe.entities
+    if told is None:
+        return []
+    terms = list(told.terms)
+    if told.terms_uri is not None:
+        terms += _read_terms(told.terms_uri, context)
+    spans = find_entities(references, terms, language, numbers=told.numbers)
+    if not any(spans):
+        raise InvalidInput(
+            "NoEntities",
+            f"none of the terms or numbers of spec.entities is said in the {recipe.split.value} split; correct the "
+            "terms, or leave EntityAccuracy out",
+        )
+    return spans
+
+
+def _read_terms(uri: str, context: RecipeContext) -> list[str]:
+    try:
+        text = context.store.read_bytes(uri).decode("utf-8-sig")
+    except NotFound as error:
+        raise NotFound("TermsNotFound", f"there is no {uri}; upload it, or correct spec.entities.termsUri") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput("TermsUnreadable", f"{uri} is not UTF-8 text; write one term a line in UTF-8") from error
+    terms = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(terms) > _MOST_TERMS:
+        raise InvalidInput("TermsUnreadable", f"{uri} has {len(terms)} lines, at most {_MOST_TERMS} are read")
+    return terms
+
+
+def _fetch(context: RecipeContext, split: Split) -> None:
+    def report(fetched: int) -> None:
+        context.raise_if_stopped()
+        context.reporter.update(step=fetched, total_steps=len(split.utterances))
+
+    fetch_audio(context.store, split.utterances, split.audio, report)
+
+
+def _hear_all(recipe: EvaluateRecipe, context: RecipeContext, split: Split) -> tuple[list[Heard], list[Failed]]:
+    """Lets each candidate hear the split; gives those who did, and why others did not.
+
+    Raises:
+        RecipeFailure: the first one's where none did; Terminated; StoreUnavailable, since another attempt may reach it.
+    """
+    heard: list[Heard] = []
+    failures: list[tuple[str, RecipeFailure]] = []
+    for position, candidate in enumerate(recipe.candidates):
+        context.raise_if_stopped()
+        try:
+            heard.append(hear(candidate, position, recipe, context, split))
+        except Terminated:
+            raise
+        except RecipeFailure as failure:
+            if failure.code is ExitCode.STORE_UNAVAILABLE and failure.reason != "HubUnavailable":
+                raise
+            failures.append((candidate.name, failure))
+            _log.warning("candidate not judged", extra={"candidate": candidate.name, "reason": failure.reason})
+            continue
+        measured = heard[-1].measured
+        _log.info(
+            "candidate measured",
+            extra={
+                "candidate": candidate.name,
+                "wordErrorRate": round(total(measured.words).rate, 4),
+                "realTimeFactor": round(measured.real_time_factor, 4),
+            },
+        )
+    if not heard:
+        raise failures[0][1]
+    return heard, [
+        Failed(name, failure.reason, failure.message.removeprefix(f"candidate {name}: ")) for name, failure in failures
+    ]
+
+
+def _row(one: Judged, question: Question) -> LeaderboardRow:
+    figures = {metric: figure for metric, figure in one.figures.items() if metric in question.wanted}
+    cer, sentences = figures.get(Metric.CER), figures.get(Metric.SENTENCE_ACCURACY)
+    entities, latency = figures.get(Metric.ENTITY_ACCURACY), figures.get(Metric.LATENCY)
+    factor = figures.get(Metric.REAL_TIME_FACTOR)
     return LeaderboardRow(
         candidate=one.name,
         rank=one.rank,
@@ -278,89 +251,78 @@ def _row(one: Judged, recipe: EvaluateRecipe) -> LeaderboardRow:
         wer=decimal_string(one.wer.value, 4),
         wer_low=decimal_string(one.wer.low, 4),
         wer_high=decimal_string(one.wer.high, 4),
-        cer=decimal_string(one.cer.value, 4) if Metric.CER in wanted else None,
-        sentence_accuracy=(
-            decimal_string(one.measured.sentence_accuracy, 4) if Metric.SENTENCE_ACCURACY in wanted else None
-        ),
-        real_time_factor=(
-            decimal_string(one.measured.real_time_factor, 4) if Metric.REAL_TIME_FACTOR in wanted else None
-        ),
+        **_span("cer", cer),
+        **_span("sentence_accuracy", sentences),
+        entities=None if entities is None else entities.n,
+        **_span("entity_accuracy", entities),
+        real_time_factor=None if factor is None else decimal_string(factor.value, 4),
+        latency_seconds=None if latency is None else decimal_string(latency.value, 4),
         change_from_baseline=None if one.change is None else decimal_string(one.change.value, 4),
         change_low=None if one.change is None else decimal_string(one.change.low, 4),
         change_high=None if one.change is None else decimal_string(one.change.high, 4),
-        failed_gates=[text[:_GATE_CHARACTERS] for text in one.failed_gates],
+        p_value=None if one.matched is None else decimal_string(one.matched.p_value, 6),
+        detectable_change=None if one.detectable is None else decimal_string(one.detectable, 4),
+        failed_gates=[text[:_GATE_CHARACTERS] for text in (*one.failed_gates, *one.open_gates)][:16],
     )
+
+
+def _span(name: str, figure: BootstrapInterval | None) -> dict[str, Any]:
+    if figure is None:
+        return {}
+    ends = {"": figure.value, "_low": figure.low, "_high": figure.high}
+    return {f"{name}{suffix}": decimal_string(value, 4) for suffix, value in ends.items()}
+
+
+def _gaps(best: Judged) -> list[SliceGap]:
+    return [
+        SliceGap(
+            label=gap.label[:_LABEL_CHARACTERS],
+            candidate=best.name,
+            best=gap.best.slice.value[:_LABEL_CHARACTERS],
+            best_wer=decimal_string(gap.best.wer.value, 4),
+            worst=gap.worst.slice.value[:_LABEL_CHARACTERS],
+            worst_wer=decimal_string(gap.worst.wer.value, 4),
+            gap=decimal_string(gap.difference.value, 4),
+            gap_low=decimal_string(gap.difference.low, 4),
+            gap_high=decimal_string(gap.difference.high, 4),
+            values=gap.values,
+            too_small=gap.too_small,
+        )
+        for gap in best.gaps
+        if gap.best.wer is not None and gap.worst.wer is not None
+    ]
 
 
 def _publish(
     recipe: EvaluateRecipe,
     context: RecipeContext,
-    utterances: Sequence[Utterance],
-    heard: Sequence[_Heard],
+    split: Split,
+    heard: Sequence[Heard],
     judgement: Judgement,
-    by: SplitBy,
+    question: Question,
+    manifest: DatasetManifest,
 ) -> str:
     folder = recipe.output_prefix.rstrip("/")
-    confusions = {one.measured.name: one.confusions for one in heard}
-    blocks = {one.block(by) for one in utterances}
+    noise = [_estimate_noise(context, split, one) for one in split.utterances]
+    confusions = {one.measured.name: one for one in heard}
+    results = build_results(recipe, split.utterances, judgement, question, confusions)
+    table = build_table(split.utterances, judgement, question, noise)
+    context.publish(f"{folder}/results.json", results)
+    context.publish(f"{folder}/utterances.parquet", table, "application/vnd.apache.parquet")
     subject = Subject(
         title=f"{context.spec.owner.namespace}/{context.spec.owner.name}",
         dataset=recipe.dataset,
         split=recipe.split,
-        by=by,
-        blocks=len(blocks),
-        baseline=recipe.baseline,
-        gates=recipe.gates,
-        confidence=float(recipe.confidence),
-        confusions=confusions,
+        by=manifest.by,
+        seconds=[one.seconds for one in split.utterances],
+        noise=noise,
+        heard=confusions,
+        question=question,
     )
-    context.publish(f"{folder}/results.json", _results(recipe, utterances, judgement, confusions))
     html = write_report(subject, judgement, context.work_directory)
     return context.publish(f"{folder}/report.html", html, "text/html; charset=utf-8")
 
 
-def _results(
-    recipe: EvaluateRecipe,
-    utterances: Sequence[Utterance],
-    judgement: Judgement,
-    confusions: dict[str, tuple[int, ...]],
-) -> dict[str, Any]:
-    """Everything that was counted, utterance by utterance, and no transcript."""
-    return {
-        "version": 1,
-        "dataset": recipe.dataset.model_dump(by_alias=True),
-        "split": recipe.split.value,
-        "baseline": recipe.baseline,
-        "normaliser": NORMALISER,
-        "confidence": recipe.confidence,
-        "seed": recipe.seed,
-        "gates": [gate.model_dump(by_alias=True, exclude_none=True, mode="json") for gate in recipe.gates],
-        "verdict": {"decision": judgement.decision.value, "reason": judgement.reason, "winner": judgement.winner},
-        "intervalsOverUtterances": judgement.over_utterances,
-        "utterances": [one.id for one in utterances],
-        "candidates": [
-            {
-                "candidate": one.name,
-                "rank": one.rank,
-                "modelDigest": one.measured.model_digest,
-                "padding": one.measured.padding.value,
-                "wer": _span(one.wer),
-                "cer": _span(one.cer),
-                "changeFromBaseline": None if one.change is None else _span(one.change),
-                "sentenceAccuracy": one.measured.sentence_accuracy,
-                "realTimeFactor": one.measured.real_time_factor,
-                "workSeconds": one.measured.work_seconds,
-                "audioSeconds": one.measured.audio_seconds,
-                "failedGates": list(one.failed_gates),
-                "utterancesByErrors": histogram(one.measured.words),
-                "confusions": list(confusions[one.name]),
-                # Of each utterance: hits, substitutions, deletions, insertions.
-                "counts": [list(utterance.row) for utterance in one.measured.words],
-            }
-            for one in judgement.leaderboard
-        ],
-    }
-
-
-def _span(interval: BootstrapInterval) -> dict[str, float | int]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high, "blocks": interval.blocks}
+def _estimate_noise(context: RecipeContext, split: Split, utterance: Utterance) -> float:
+    context.raise_if_stopped()
+    return estimate_noise_ratio(read_audio(context.store, utterance, split.audio), _SAMPLE_RATE)

@@ -1,7 +1,9 @@
 """Word and character errors of one transcript against another, as counts."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import jiwer
 
@@ -63,22 +65,81 @@ def total(counts: Iterable[ErrorCounts]) -> ErrorCounts:
     return whole
 
 
-def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Counts word errors; both texts are taken as they are, so normalise them first.
+HISTOGRAM: Final = (
+    ("0", 0, 0),
+    ("1", 1, 1),
+    ("2", 2, 2),
+    ("3 to 5", 3, 5),
+    ("6 to 29", 6, 29),
+    ("30 or more", 30, 1 << 62),
+)
 
-    count_errors("press one now", "press won") -> hits 1, substitutions 1, deletions 1, insertions 0, words 3.
-    An empty reference has no words, and every word of the hypothesis is an insertion.
+
+def histogram(counts: Sequence[ErrorCounts]) -> list[int]:
+    """Counts utterances by their number of word errors: 0, 1, 2, 3 to 5, 6 to 29, 30 or more."""
+    by_errors = Counter(one.errors for one in counts)
+    return [sum(by_errors[number] for number in by_errors if low <= number <= high) for _, low, high in HISTOGRAM]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the errors of one utterance are.
+
+    Attributes:
+        counts: how many of each kind.
+        slots: one number for each word of the reference, and one for its end: twice the words inserted before it, plus
+            1 where it was substituted or deleted. "press one now" heard as "um press won" -> (2, 1, 1, 0).
+        substitutions: (word of the reference, word that it was taken for).
     """
-    if not reference.split():
-        return ErrorCounts(insertions=len(hypothesis.split()))
+
+    counts: ErrorCounts
+    slots: tuple[int, ...]
+    substitutions: tuple[tuple[str, str], ...]
+
+
+def align(reference: str, hypothesis: str) -> Alignment:
+    """Aligns two texts word by word; both are taken as they are, so normalise them first."""
+    words, heard = reference.split(), hypothesis.split()
+    if not words:
+        return Alignment(ErrorCounts(insertions=len(heard)), (2 * len(heard),), ())
     measured = jiwer.process_words(reference, hypothesis)
-    return ErrorCounts(
+    slots = [0] * (len(words) + 1)
+    substitutions: list[tuple[str, str]] = []
+    for chunk in measured.alignments[0]:
+        if chunk.type == "insert":
+            slots[chunk.ref_start_idx] += 2 * (chunk.hyp_end_idx - chunk.hyp_start_idx)
+        elif chunk.type != "equal":
+            for place in range(chunk.ref_start_idx, chunk.ref_end_idx):
+                slots[place] += 1
+        if chunk.type == "substitute":
+            pairs = zip(
+                words[chunk.ref_start_idx : chunk.ref_end_idx],
+                heard[chunk.hyp_start_idx : chunk.hyp_end_idx],
+                strict=True,
+            )
+            substitutions.extend(pairs)
+    counts = ErrorCounts(
         measured.hits,
         measured.substitutions,
         measured.deletions,
         measured.insertions,
         measured.hits + measured.substitutions + measured.deletions,
     )
+    return Alignment(counts, tuple(slots), tuple(substitutions))
+
+
+def slot_errors(slot: int) -> int:
+    """Errors at one slot of an alignment: words inserted there, and the word itself where it was heard wrong."""
+    return (slot >> 1) + (slot & 1)
+
+
+def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Counts word errors; both texts are taken as they are, so normalise them first.
+
+    count_errors("press one now", "press won") -> hits 1, substitutions 1, deletions 1, insertions 0, words 3.
+    An empty reference has no words, and every word of the hypothesis is an insertion.
+    """
+    return align(reference, hypothesis).counts
 
 
 def count_characters(reference: str, hypothesis: str, language: str = "en") -> ErrorCounts:
