@@ -1,7 +1,7 @@
 """What a decision may ask for: a closed union of actions, and the Plan that carries them."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from attune.api.canary import ArmModel, PodTemplate
 from attune.api.meta import PodResources, Status
@@ -9,15 +9,28 @@ from attune.contract.job import JobSpec, ScoreRecipe
 from attune.contract.metrics import Track
 
 
+class Access(NamedTuple):
+    """What a Job's pod gets of its namespace beside the store, each by the index of the source or candidate it is for.
+
+    source_secrets: Secret with a source's own credentials. source_claims: PersistentVolumeClaim that a source is on.
+    endpoint_secrets: Secret with the key of a candidate's endpoint.
+    """
+
+    source_secrets: tuple[tuple[int, str], ...] = ()
+    source_claims: tuple[tuple[int, str], ...] = ()
+    endpoint_secrets: tuple[tuple[int, str], ...] = ()
+
+
+NO_ACCESS: Final = Access()
+
+
 @dataclass(frozen=True)
 class EnsureJob:
     """A Job (and the ConfigMap with its job.json) must exist under this name, running or suspended.
 
-    source_secrets: name of the Secret with a source's own credentials, by the source's index. source_claims: name of
-    the PersistentVolumeClaim that a source is on, likewise. endpoint_secrets: name of the Secret with the key of a
-    candidate's endpoint, by the candidate's index. With a queue (of Kueue) the Job is created suspended and never
-    changed again: Kueue decides when it runs. With several nodes it has as many pods, and they find each other through
-    a headless Service of the owner's.
+    With a queue (of Kueue) the Job is created suspended and never changed again: Kueue decides when it runs. With
+    several nodes it has as many pods, and they find each other through a headless Service of the owner's. What it may
+    read is what Access says.
     """
 
     name: str

@@ -29,7 +29,7 @@ from attune.contract.job import (
     SplitRule,
 )
 from attune.contract.result import PrepareResult, SplitStatistics
-from attune.domain.actions import EnsureJob, Plan
+from attune.domain.actions import Access, EnsureJob, Plan
 from attune.domain.jobs import (
     ObservedJob,
     Standing,
@@ -105,8 +105,7 @@ def build_prepare_job(dataset: Dataset) -> EnsureJob:
         turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
-        source_secrets=secrets,
-        source_claims=claims,
+        access=Access(source_secrets=secrets, source_claims=claims),
     )
 
 

@@ -24,7 +24,7 @@ from attune.contract.job import (
 )
 from attune.contract.measures import Gate
 from attune.contract.result import EvaluateResult
-from attune.domain.actions import EnsureJob, Plan
+from attune.domain.actions import Access, EnsureJob, Plan
 from attune.domain.conditions import State, find_condition
 from attune.domain.finetune import ObservedDatasetRef, ObservedFineTuneRef
 from attune.domain.jobs import (
@@ -151,6 +151,11 @@ def build_evaluate_job(observed: ObservedEvaluation) -> EnsureJob:
         output_prefix="",
     )
     run = fingerprint(owner.uid, recipe)
+    keys = tuple(
+        (index, one.endpoint.key_secret_ref.name)
+        for index, one in enumerate(spec.candidates)
+        if one.endpoint is not None and one.endpoint.key_secret_ref is not None
+    )
     return build_ensure_job(
         owner,
         recipe.model_copy(update={"output_prefix": build_key("evaluations", owner, run)}),
@@ -158,11 +163,7 @@ def build_evaluate_job(observed: ObservedEvaluation) -> EnsureJob:
         turn=spec,
         suspended=spec.suspend,
         resources=spec.resources,
-        endpoint_secrets=tuple(
-            (index, one.endpoint.key_secret_ref.name)
-            for index, one in enumerate(spec.candidates)
-            if one.endpoint is not None and one.endpoint.key_secret_ref is not None
-        ),
+        access=Access(endpoint_secrets=keys),
     )
 
 

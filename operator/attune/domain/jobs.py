@@ -12,7 +12,7 @@ from attune.api.meta import Condition, PodResources, QueueableSpec, Resource, St
 from attune.contract.exitcode import KILLED, REASON_SWALLOWED, ExitCode
 from attune.contract.job import JobSpec, Owner, Recipe
 from attune.contract.result import Failure, Result, Summary
-from attune.domain.actions import DeleteJob, EnsureJob, JobAction, Plan
+from attune.domain.actions import NO_ACCESS, Access, DeleteJob, EnsureJob, JobAction, Plan
 from attune.domain.conditions import State, decide_conditions
 from attune.domain.events import decide_events
 from attune.domain.kueue import ADMITTED, QUEUED, ObservedQueue, describe_wait
@@ -190,9 +190,7 @@ def build_ensure_job(
     turn: QueueableSpec,
     suspended: bool,
     resources: PodResources | None,
-    source_secrets: tuple[tuple[int, str], ...] = (),
-    source_claims: tuple[tuple[int, str], ...] = (),
-    endpoint_secrets: tuple[tuple[int, str], ...] = (),
+    access: Access = NO_ACCESS,
     termination_grace_seconds: int = 60,
     placement: tuple[str, ...] = (),
     nodes: int = 1,
@@ -208,8 +206,8 @@ def build_ensure_job(
     }
     place = fingerprint(
         resources,
-        *(f"{index}={secret}" for index, secret in source_secrets),
-        *(f"endpoint {index}={secret}" for index, secret in endpoint_secrets),
+        *(f"{index}={secret}" for index, secret in access.source_secrets),
+        *(f"endpoint {index}={secret}" for index, secret in access.endpoint_secrets),
         *placement,
         *(f"{what}={name}" for what, name in turns.items() if name is not None),
         digits=5,
@@ -219,9 +217,9 @@ def build_ensure_job(
         spec=JobSpec(owner=owner, result_key=build_key("results", owner, run) + ".json", recipe=recipe),
         suspended=suspended,
         resources=resources,
-        source_secrets=source_secrets,
-        source_claims=source_claims,
-        endpoint_secrets=endpoint_secrets,
+        source_secrets=access.source_secrets,
+        source_claims=access.source_claims,
+        endpoint_secrets=access.endpoint_secrets,
         termination_grace_seconds=termination_grace_seconds,
         queue=turn.queue_name,
         workload_priority_class=turn.workload_priority_class_name,
