@@ -74,7 +74,7 @@ def enact(observed: Observed, plan: Plan) -> Observed:
                 queue = ObservedQueue(action.queue) if action.queue is not None else None
                 new = ObservedJob(action.name, suspended=action.suspended or queue is not None, queue=queue)
                 present = jobs.get(action.name, new)
-                theirs = present.queue is not None or present.suspended_by is not None
+                theirs = present.queue is not None or (present.suspended and present.suspended_by is not None)
                 suspended = present.suspended if theirs else action.suspended
                 jobs[action.name] = replace(present, suspended=suspended, config_present=True)
             case DeleteJob():
