@@ -446,3 +446,24 @@ def test_an_evaluation_that_was_cut_off_goes_on_where_it_was(
     assert heard == [16, 16, 16, 12]  # 60 utterances, none of them twice
     assert result.leaderboard[0].wer == whole.leaderboard[0].wer
     assert result.leaderboard[0].hits == whole.leaderboard[0].hits
+
+
+def test_a_model_whose_files_are_damaged_costs_the_others_nothing(
+    s3_store: Store, uploaded: dict[str, str], corpus: DatasetInput, key_prefix: str, make_context: MakeContext
+) -> None:
+    for file in ensure_mini_model().iterdir():
+        content = file.read_bytes()
+        cut = content[: len(content) // 2] if file.suffix == ".safetensors" else content
+        s3_store.write_bytes(f"{key_prefix}/cut/{file.name}", cut)
+    uris = {"cut": s3_store.uri(f"{key_prefix}/cut"), "base": uploaded["worse"], "tuned": uploaded["mini"]}
+    result = run(make_context(recipe(corpus, uris, key_prefix, baseline="base")))
+    assert (result.verdict.decision, result.winner) == (Decision.PROMOTE, "tuned")
+    (failed,) = result.failed
+    assert failed.candidate == "cut"
+    assert failed.reason
+    assert not failed.message.startswith("candidate")  # its name stands beside it
+    # Without the baseline the others keep their figures, and none is called better.
+    result = run(make_context(recipe(corpus, uris, f"{key_prefix}/again", baseline="cut")))
+    assert result.verdict.decision is Decision.INCONCLUSIVE
+    assert [row.candidate for row in result.leaderboard] == ["tuned", "base"]
+    assert all(row.change_from_baseline is None for row in result.leaderboard)
