@@ -224,7 +224,9 @@ def test_filters_leave_out_what_they_are_for_with_reason_place_and_count(
 
 
 def _hum(seconds: float) -> np.ndarray:
-    return (0.2 * np.sin(2 * np.pi * 150 * np.arange(round(seconds * RATE)) / RATE) ** 3).astype(np.float32)
+    """A tone that is on for half of each half second."""
+    times = np.arange(round(seconds * RATE)) / RATE
+    return (0.2 * np.sin(2 * np.pi * 150 * times) ** 3 * (times % 0.5 < 0.25)).astype(np.float32)
 
 
 def test_figures_are_told_by_split_and_slice(s3_store: Store, key_prefix: str, make_context: MakeContext) -> None:
