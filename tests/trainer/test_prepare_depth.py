@@ -20,6 +20,8 @@ from attune_trainer.job import RecipeContext, summarise
 from attune_trainer.recipes import prepare
 from attune_trainer.store import Store
 
+from tests.assets.mini_model import ensure_mini_corpus, ensure_mini_model
+
 from .speech import RATE, likeness, silence, speak, write_coded
 
 MakeContext = Callable[..., RecipeContext]
@@ -224,7 +226,9 @@ def test_filters_leave_out_what_they_are_for_with_reason_place_and_count(
 
 
 def _hum(seconds: float) -> np.ndarray:
-    return (0.2 * np.sin(2 * np.pi * 150 * np.arange(round(seconds * RATE)) / RATE) ** 3).astype(np.float32)
+    """A tone that swells and fades once a second."""
+    times = np.arange(round(seconds * RATE)) / RATE
+    return (0.2 * np.sin(2 * np.pi * 440 * times) * np.sin(np.pi * times) ** 4).astype(np.float32)
 
 
 def test_figures_are_told_by_split_and_slice(s3_store: Store, key_prefix: str, make_context: MakeContext) -> None:
@@ -271,6 +275,30 @@ def test_figures_are_told_by_split_and_slice(s3_store: Store, key_prefix: str, m
         with pytest.raises(RecipeFailure) as caught:
             run(make_context(recipe(key_prefix, knownWords=missing)))
         assert caught.value.reason == reason
+
+
+def test_transcripts_that_a_model_hears_otherwise_are_left_out(
+    s3_store: Store, key_prefix: str, make_context: MakeContext
+) -> None:
+    s3_store.upload_directory(ensure_mini_model(), f"{key_prefix}/model")
+    corpus = ensure_mini_corpus("old")
+    entries = [json.loads(line) for line in (corpus / "transcripts.jsonl").read_text().splitlines()][:60]
+    swapped = (7, 21, 40)
+    texts = [entries[index]["text"] for index in swapped]
+    for index, text in zip(swapped, [*texts[1:], texts[0]], strict=True):
+        entries[index]["text"] = text
+    audio = {entry["audio"]: (corpus / entry["audio"]).read_bytes() for entry in entries}
+    upload(s3_store, key_prefix, entries, audio)
+    contradiction = {"model": {"uri": f"s3://attune/{key_prefix}/model"}, "maxWordErrorRate": "0.6"}
+    by_group = {"by": "Speaker", "validation": "0.2", "holdout": "0.2", "seed": 7}
+    context = make_context(
+        recipe(key_prefix, splits=by_group, rules={"contradiction": contradiction}, maxRejectedShare="0")
+    )
+    result = run(context)
+    rejected = [json.loads(line) for line in published(s3_store, result, "rejected.jsonl").splitlines()]
+    contradicted = {one["place"] for one in rejected if one["reason"] == "Contradicted"}
+    assert contradicted == {f"list.jsonl:{index + 1}" for index in swapped}
+    assert result.stats.utterances == 60 - len(rejected)
 
 
 def test_a_label_with_ten_thousand_values_keeps_status_and_report_small(

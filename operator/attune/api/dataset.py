@@ -212,8 +212,8 @@ class PipelineStep(SpecModel):
     similar_audio: bool | None = Field(
         default=None,
         description=(
-            "Filter: whether copies of a recording are left out that differ only by codec or level; those of the same "
-            "samples always are."
+            "Filter: whether copies of a recording, with the same words, are left out that differ only by codec or "
+            "level; those of the same samples always are."
         ),
     )
     contradiction: ContradictionSpec | None = Field(

@@ -26,6 +26,10 @@ _LEAST_BITS: Final = 48
 # Share of what counts. Copies by GSM, AMR and AAC differ in 4 to 6 %, the same sentence by a synthesiser's other voices
 # in 14 % and more, other sentences in 36 %.
 _MOST_WRONG: Final = 0.09
+# What a codec changes is spread over a clip; where one word is another, all that is wrong is in an eighth or two.
+_PARTS: Final = 8
+_PART_SLACK: Final = 2
+_PART_WRONG: Final = 0.15
 _FLOOR_DB: Final = -50.0  # below the loudest
 
 _Bits = NDArray[np.bool_]
@@ -56,16 +60,20 @@ class Recordings:
     """The recordings that were heard so far."""
 
     def __init__(self) -> None:
-        self._by_duration: dict[int, list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]]] = defaultdict(list)
+        self._known: dict[tuple[str, int], list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]]] = defaultdict(list)
 
-    def add(self, new: Fingerprint) -> bool:
-        """Remembers a recording, unless one like it is known already: then tells so."""
+    def add(self, new: Fingerprint, sentence: str) -> bool:
+        """Remembers a recording, unless one like it is known already: then tells so.
+
+        Only recordings of the same sentence are compared: a synthesiser's sentences that differ by a word may sound as
+        much alike as two copies do.
+        """
         place = round(new.seconds / _SLACK_SECONDS)
-        near = [one for bucket in (place - 1, place, place + 1) for one in self._by_duration[bucket]]
+        near = [one for bucket in (place - 1, place, place + 1) for one in self._known[sentence, bucket]]
         near = [one for one in near if abs(one[0] - new.seconds) <= _SLACK_SECONDS]
         if near and self._is_among(new, near):
             return True
-        self._by_duration[place].append((new.seconds, new.rises, new.counts))
+        self._known[sentence, place].append((new.seconds, new.rises, new.counts))
         return False
 
     @staticmethod
@@ -73,11 +81,18 @@ class Recordings:
         rises, counts = np.stack([one[1] for one in near]), np.stack([one[2] for one in near])
         for moved_rises, moved_counts in ((new.rises, new.counts), *new.moved):
             both = counts & moved_counts
-            shared = np.bitwise_count(both).sum(axis=1)
-            wrong = np.bitwise_count((rises ^ moved_rises) & both).sum(axis=1)
-            if bool(np.any((shared >= _LEAST_BITS) & (wrong <= _MOST_WRONG * shared))):
+            shared = _count(both)
+            wrong = _count((rises ^ moved_rises) & both)
+            everywhere = np.all(wrong <= _PART_SLACK + _PART_WRONG * shared, axis=1)
+            enough = shared.sum(axis=1) >= _LEAST_BITS
+            if bool(np.any(everywhere & enough & (wrong.sum(axis=1) <= _MOST_WRONG * shared.sum(axis=1)))):
                 return True
         return False
+
+
+def _count(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Counts set bits by eighths of the clips: (clips, 32) -> (clips, 8)."""
+    return np.bitwise_count(bits).reshape(len(bits), _PARTS, -1).sum(axis=2, dtype=np.int64)
 
 
 def _describe(audio: NDArray[np.float32], shift: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

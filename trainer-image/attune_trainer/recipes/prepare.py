@@ -303,10 +303,10 @@ def _without_copies(
         reason = None
         if digest in sentences:
             reason = DUPLICATE if sentences[digest] == one.sentence else "TextsDiffer"
+        elif one.fingerprint is not None and recordings.add(one.fingerprint, one.sentence):
+            reason = SOUNDS_THE_SAME
         elif most is not None and said[one.sentence] >= most:
             reason = TEXT_REPEATED
-        elif one.fingerprint is not None and recordings.add(one.fingerprint):
-            reason = SOUNDS_THE_SAME
         if reason is not None:
             rejections.add(reason, one.listed.source, one.listed.number, one.listed.place)
             continue
