@@ -107,10 +107,6 @@ def test_losses_are_counted_from_the_newest_checkpoint_on(s3_store: Store, key_p
 )
 def test_a_peer_that_is_gone_is_told_from_a_defect(message: str, lost: bool) -> None:  # noqa: FBT001 (a column)
     assert is_peer_lost(RuntimeError(message)) == lost
-    try:
-        try:
-            raise RuntimeError(message)
-        except RuntimeError as error:
-            raise ValueError("a step failed") from error
-    except ValueError as error:
-        assert is_peer_lost(error) == lost
+    outer = ValueError("a step failed")
+    outer.__cause__ = RuntimeError(message)
+    assert is_peer_lost(outer) == lost
