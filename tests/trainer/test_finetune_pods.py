@@ -271,6 +271,19 @@ def test_a_first_pod_that_dies_takes_the_other_one_down(make_run: MakeRun) -> No
     assert not [one for one in psutil.process_iter(["environ"]) if is_of(one, second)]
 
 
+def test_a_pod_that_falls_silent_is_not_waited_for(make_run: MakeRun) -> None:
+    run = make_run(2, 0, hyperparameters={"epochs": 1000})
+    first, second = run.start()
+    run.wait_sealed()
+    # Its connections stay open, as those of a node that has vanished do.
+    silent = psutil.Process(second.process.pid)
+    for process in (silent, *silent.children(recursive=True)):
+        process.suspend()
+    assert first.wait(120) == int(ExitCode.PEER_LOST), first.log[-4000:]
+    assert "pod 1 of this run is gone" in first.log
+    assert not [one for one in psutil.process_iter(["environ"]) if is_of(one, first)]
+
+
 def is_of(process: psutil.Process, pod: Pod) -> bool:
     environment = process.info["environ"] or {}
     return environment.get("ATTUNE_WORK_DIRECTORY") == pod.environment["ATTUNE_WORK_DIRECTORY"]
