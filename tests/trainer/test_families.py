@@ -3,7 +3,7 @@
 import json
 import shutil
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,26 @@ from attune.contract.training import (
     Augmentation,
     Checkpointing,
     Distributed,
-    EarlyStopping,
     Hyperparameters,
     Lora,
     Method,
     Padding,
 )
 from attune_trainer.failures import InvalidInput, UnsupportedModel
-from attune_trainer.modeling import load_recognizer
+from attune_trainer.modeling import Recognizer, load_recognizer
 from attune_trainer.modeling.artifact import Artifact, read_artifact, write_artifact
 from attune_trainer.modeling.buckets import BUCKETS
 from attune_trainer.modeling.families import ARCHITECTURES, load_model
 from attune_trainer.modeling.speech_model import IGNORED, SpeechModel
 from attune_trainer.store import digest_directory
 from attune_trainer.training.adapters import Adapters, linear_layers
+from attune_trainer.training.batches import plan_epoch
 from attune_trainer.training.consolidation import Importance
 from attune_trainer.training.epochs import check_augmentation
 from attune_trainer.training.export import clean_generation, describe_artifact
 from attune_trainer.training.full import AllWeights
 from attune_trainer.training.launch import TrainingProcesses
+from attune_trainer.training.loader import BatchLoader, read_samples
 from attune_trainer.training.methods import TrainingMethod
 from attune_trainer.training.objective import TranscriptionLoss
 from attune_trainer.training.settings import MODEL_FOLDER, TrainingSettings, TrainingUtterance
@@ -46,8 +47,18 @@ from tests.trainer.tiny_families import BUILDERS, build_wav2vec2, speak
 
 TEXTS = ("yes", "no", "stop", "go on", "call me", "good bye", "hello", "left", "right", "all off")
 FAMILIES = sorted(BUILDERS)
+LEARNING_RATE, MOST_EPOCHS = 3e-3, 240
 CTC = ("wav2vec2", "hubert", "wavlm", "parakeet_ctc")
 Build = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a network is slower with several, and very slow where others use the processors, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -91,16 +102,79 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingUtterance, ...]:
+    """Ten utterances, on the disk."""
+    folder = tmp_path_factory.mktemp("spoken")
+    utterances = []
+    for index, text in enumerate(TEXTS):
+        file, samples = folder / f"{index}.wav", speak(text, index)
+        soundfile.write(file, samples, 16000, subtype="PCM_16")
+        utterances.append(TrainingUtterance(audio=file, text=text, seconds=len(samples) / 16000))
+    return tuple(utterances)
+
+
+def transcribe(recognizer: Recognizer, spoken: Sequence[TrainingUtterance]) -> list[str]:
+    """Gives what is heard in small letters: a vocabulary may have none."""
+    return [text.lower() for text in recognizer.transcribe([read_samples(one) for one in spoken])]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_utterances_are_learned_by_heart_saved_and_served_as_they_were_heard(
-    build: Build, tmp_path: Path, family: str
+    build: Build, spoken: tuple[TrainingUtterance, ...], tmp_path: Path, family: str
 ) -> None:
-    spoken = []
-    for index, text in enumerate(TEXTS):
-        file, samples = tmp_path / f"{index}.wav", speak(text, index)
-        soundfile.write(file, samples, 16000, subtype="PCM_16")
-        spoken.append(TrainingUtterance(audio=file, text=text, seconds=len(samples) / 16000))
+    base = build(family)
+    model, method = load_model(base), AllWeights()
+    encoder = TranscriptEncoder(model, "en")
+    utterances = select_usable(spoken, encoder, model)
+    assert len(utterances) == len(TEXTS)
+    network = method.attach(model)
+    clean_generation(model)
+    artifact = describe_artifact(
+        model, Padding.BUCKETS, base_uri="s3://a/b", model_id="ft:tiny:abcdef", language=encoder.language
+    )
+    recognizer = Recognizer(model, artifact)
+    assert transcribe(recognizer, spoken) != list(TEXTS)
+    objective = TranscriptionLoss(network, model)
+    optimizer = torch.optim.AdamW(trained_parameters(network).values(), lr=0.0)
+    torch.manual_seed(1)
+    for epoch in range(MOST_EPOCHS):
+        plan = plan_epoch(
+            [one.seconds for one in utterances],
+            recognizer.buckets,
+            batch_size=10,
+            max_batch_seconds=48,
+            seed=7,
+            epoch=epoch,
+        )
+        loader = BatchLoader(model, encoder, utterances, [batch for step in plan for batch in step])
+        network.train()
+        for batch in loader:
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (epoch + 1) / 20)
+            optimizer.zero_grad(set_to_none=True)
+            objective(*batch.tensors).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+        loader.close()
+        network.eval()
+        if epoch % 20 == 19 and transcribe(recognizer, spoken) == list(TEXTS):
+            break
+    assert transcribe(recognizer, spoken) == list(TEXTS)
+    method.export(network, model, tmp_path, base=base, artifact=artifact)
+    merged = tmp_path / MODEL_FOLDER
+    assert {file.suffix for file in merged.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    served = load_recognizer(merged, "cpu")
+    assert served.model_id == "ft:tiny:abcdef"
+    assert transcribe(served, spoken) == list(TEXTS)
+    assert [transcribe(served, [one])[0] for one in spoken] == list(TEXTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["moonshine", "wav2vec2", "qwen3_asr"])
+def test_training_processes_take_every_family_from_the_baseline_to_a_merged_model(
+    build: Build, spoken: tuple[TrainingUtterance, ...], tmp_path: Path, family: str
+) -> None:
     events: list[dict[str, Any]] = []
     with TrainingProcesses(tmp_path / "processes", 1) as processes:
         processes.begin(
@@ -109,16 +183,14 @@ def test_ten_utterances_are_learned_by_heart_saved_and_served_as_they_were_heard
                 base_uri="s3://attune/base",
                 model_id=f"ft:{family}:abcdef",
                 language="en",
-                train=tuple(spoken * 16),
-                validation=tuple(spoken),
-                method=Method.FULL,
-                lora=Lora(),
-                hyperparameters=Hyperparameters(
-                    epochs=20, batch_size=16, max_batch_seconds=48, learning_rate="3e-3", weight_decay="0"
-                ),
+                train=spoken,
+                validation=spoken[:4],
+                method=Method.LORA,
+                lora=Lora(rank=4),
+                hyperparameters=Hyperparameters(epochs=1, batch_size=5),
                 padding=Padding.BUCKETS,
-                early_stopping=EarlyStopping(patience=8),
-                checkpoint=Checkpointing(every_steps=10**6),
+                early_stopping=None,
+                checkpoint=Checkpointing(),
                 distributed=Distributed(),
                 fingerprint="f" * 64,
                 checkpoints=tmp_path / "checkpoints",
@@ -129,14 +201,10 @@ def test_ten_utterances_are_learned_by_heart_saved_and_served_as_they_were_heard
         )
         processes.follow(events.append, lambda: False)
     (finished,) = (event for event in events if event["kind"] == "finished")
-    assert finished["baseline_wer"] > 0.5
-    assert finished["wer"] == 0
-    merged = tmp_path / "output" / MODEL_FOLDER
-    recognizer = load_recognizer(merged, "cpu")
-    clips = [soundfile.read(one.audio, dtype="float32")[0] for one in spoken]
-    assert [text.lower() for text in recognizer.transcribe(clips)] == list(TEXTS)
-    assert [recognizer.transcribe([clip])[0].lower() for clip in clips] == list(TEXTS)
-    assert {file.suffix for file in merged.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert finished["steps"] == finished["total_steps"] > 0
+    recognizer = load_recognizer(tmp_path / "output" / MODEL_FOLDER, "cpu")
+    assert recognizer.model_id == f"ft:{family}:abcdef"
+    assert len(transcribe(recognizer, spoken)) == len(TEXTS)
 
 
 class TestHearing:
