@@ -245,6 +245,9 @@ REFUSED: Mapping[str, tuple[str, str, Any, str]] = {
     ),
     "the same Dataset twice": ("FineTune", "datasets", [{"name": "a"}, {"name": "a"}], "Duplicate value"),
     "a Dataset whose name cannot be one": ("FineTune", "datasets", [{"name": "A"}], "should match"),
+    "an optimiser moved that is not shared out": (
+        "FineTune", "distributed", {"deepspeed": {"zeroStage": 1, "offload": "Optimizer"}}, "zeroStage 2 and 3",
+    ),
     "no pod at all": ("FineTune", "distributed", {"nodes": 0}, "greater than or equal to 1"),
     "more pods than there are names for": ("FineTune", "distributed", {"nodes": 65}, "less than or equal to 64"),
     "a rank of 0": ("FineTune", "lora.rank", 0, "greater than or equal to 1"),

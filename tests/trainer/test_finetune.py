@@ -461,7 +461,7 @@ def alone(
     return run(context), watcher.losses
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "offload"), [(2, None), (3, None), (2, "Optimizer"), (3, "Optimizer")])
 def test_two_processes_that_share_a_run_out_learn_what_one_with_both_their_batches_learns(
     alone: tuple[FinetuneResult, dict[int, float]],
     recipe_for: Callable[..., dict[str, Any]],
@@ -469,9 +469,13 @@ def test_two_processes_that_share_a_run_out_learn_what_one_with_both_their_batch
     s3_store: Store,
     key_prefix: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     stage: int,
+    offload: str | None,
 ) -> None:
-    changes = SAME_COURSE | {"distributed": {"processesPerNode": 2, "deepspeed": {"zeroStage": stage}}}
+    monkeypatch.setenv("PATH", str(tmp_path))  # the image has no compiler; here it would be found and used
+    deepspeed = {"zeroStage": stage, "offload": offload}
+    changes = SAME_COURSE | {"distributed": {"processesPerNode": 2, "deepspeed": deepspeed}}
     stop = threading.Event()
     first = Watcher(2, stop.set)
     with pytest.raises(Terminated):

@@ -203,6 +203,10 @@ class FineTuneSpec(QueueableSpec):
                 "method QLora keeps its 4-bit weights whole in every process: zeroStage must be 2 or less",
             ),
             (
+                "!has(self.distributed.deepspeed.offload) || self.distributed.deepspeed.zeroStage >= 2",
+                "deepspeed.offload works with zeroStage 2 and 3: raise it, or leave offload out",
+            ),
+            (
                 f"self.hyperparameters.precision != '{Precision.FP16}' || self.distributed.deepspeed.zeroStage == 0",
                 "precision Fp16 works with zeroStage 0 only: choose Bf16, or leave zeroStage out",
             ),

@@ -317,6 +317,12 @@ class Checkpointing(ContractModel):
     keep: int = Field(default=2, ge=1, le=20, description="Newest checkpoints that are kept.")
 
 
+class Offload(StrEnum):
+    """What the host's memory keeps for the GPU. Optimizer: its state, in fp32, and its steps are made there."""
+
+    OPTIMIZER = "Optimizer"
+
+
 class DeepSpeed(ContractModel):
     """DeepSpeed's part of a run."""
 
@@ -325,6 +331,13 @@ class DeepSpeed(ContractModel):
         ge=0,
         le=3,
         description="What processes share out: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too.",
+    )
+    offload: Offload | None = Field(
+        default=None,
+        description=(
+            "Optimizer: the host's memory keeps the optimiser's state, and its processor makes the steps, which frees "
+            "memory of the GPU and takes longer. Absent: all stays on the device."
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import deepspeed
 import torch
+from attune.contract.training import Offload
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
@@ -49,7 +50,7 @@ def build_engine(objective: nn.Module, settings: TrainingSettings, dtype: torch.
         settings: of the run.
         dtype: arithmetic of the forward and backward pass; weights and optimiser stay in fp32.
     """
-    parameters = settings.hyperparameters
+    parameters, zero = settings.hyperparameters, settings.distributed.deepspeed
     optimizer = torch.optim.AdamW(
         list(trained_parameters(objective).values()),
         lr=float(parameters.learning_rate),
@@ -62,10 +63,13 @@ def build_engine(objective: nn.Module, settings: TrainingSettings, dtype: torch.
         "gradient_accumulation_steps": parameters.gradient_accumulation or 1,
         "gradient_clipping": float(parameters.max_grad_norm),
         "zero_optimization": {
-            "stage": settings.distributed.deepspeed.zero_stage,
+            "stage": zero.zero_stage,
             # Norms and biases stay whole everywhere; matrices, those of adapters too, are shared out.
             "stage3_param_persistence_threshold": max(vectors, default=0),
+            **({"offload_optimizer": {"device": "cpu"}} if zero.offload is Offload.OPTIMIZER else {}),
         },
+        # Its own optimiser for the host has to be compiled, which the image cannot; torch's runs there as well.
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": dtype is not torch.float32, "dtype": str(dtype).removeprefix("torch.")},
         "steps_per_print": sys.maxsize,
     }
