@@ -80,9 +80,10 @@ class Recordings:
     def _is_among(new: Fingerprint, near: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]]) -> bool:
         rises, counts = np.stack([one[1] for one in near]), np.stack([one[2] for one in near])
         for moved_rises, moved_counts in ((new.rises, new.counts), *new.moved):
-            both = counts & moved_counts
+            both: NDArray[np.uint8] = counts & moved_counts
             shared = _count(both)
-            wrong = _count((rises ^ moved_rises) & both)
+            differing: NDArray[np.uint8] = (rises ^ moved_rises) & both
+            wrong = _count(differing)
             everywhere = np.all(wrong <= _PART_SLACK + _PART_WRONG * shared, axis=1)
             enough = shared.sum(axis=1) >= _LEAST_BITS
             if bool(np.any(everywhere & enough & (wrong.sum(axis=1) <= _MOST_WRONG * shared.sum(axis=1)))):
@@ -92,7 +93,8 @@ class Recordings:
 
 def _count(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Counts set bits by eighths of the clips: (clips, 32) -> (clips, 8)."""
-    return np.bitwise_count(bits).reshape(len(bits), _PARTS, -1).sum(axis=2, dtype=np.int64)
+    counted: NDArray[np.int64] = np.bitwise_count(bits).reshape(len(bits), _PARTS, -1).sum(axis=2, dtype=np.int64)
+    return counted
 
 
 def _describe(audio: NDArray[np.float32], shift: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
