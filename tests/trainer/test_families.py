@@ -21,10 +21,10 @@ from attune.contract.training import (
     Padding,
 )
 from attune_trainer.failures import InvalidInput, UnsupportedModel
-from attune_trainer.modeling import Recognizer, load_recognizer
+from attune_trainer.modeling import Recognizer, families, load_recognizer
 from attune_trainer.modeling.artifact import Artifact, read_artifact, write_artifact
 from attune_trainer.modeling.buckets import BUCKETS
-from attune_trainer.modeling.families import ARCHITECTURES, load_model
+from attune_trainer.modeling.families import load_model
 from attune_trainer.modeling.speech_model import IGNORED, SpeechModel
 from attune_trainer.store import digest_directory
 from attune_trainer.training.adapters import Adapters, linear_layers
@@ -411,7 +411,7 @@ class TestRefusals:
         edit_json(folder / "config.json", architectures=["SpeechT5ForTextToSpeech"])
         with pytest.raises(UnsupportedModel) as raised:
             load_model(folder)
-        assert all(name in raised.value.message for name in (*ARCHITECTURES, "SpeechT5ForTextToSpeech"))
+        assert all(name in raised.value.message for name in (*families.FAMILIES, "SpeechT5ForTextToSpeech"))
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_configuration_without_architectures_is_known_by_its_type(self, copy: Build, family: str) -> None:

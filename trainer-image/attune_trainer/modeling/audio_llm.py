@@ -1,7 +1,7 @@
 """Language models that hear: an audio encoder, a projector, and a decoder that is prompted with what was heard."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -263,7 +263,6 @@ class SlicedQwen2AudioEncoder(Qwen2AudioEncoder):  # type: ignore[misc]
 class Qwen2Audio(AudioLlm):
     """Qwen2-Audio (arXiv 2407.10759): Whisper's encoder, one projection, and a Qwen2."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"Qwen2AudioForConditionalGeneration": "qwen2_audio"}
     network_class: ClassVar[Any] = Qwen2AudioForConditionalGeneration
 
     @classmethod
@@ -324,7 +323,6 @@ class Qwen2Audio(AudioLlm):
 class Qwen3Asr(AudioLlm):
     """Qwen3-ASR: an encoder of chunks of a second, a projector, and a Qwen3 that is told the language."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"Qwen3ASRForConditionalGeneration": "qwen3_asr"}
     network_class: ClassVar[Any] = Qwen3ASRForConditionalGeneration
 
     def languages(self) -> Collection[str]:

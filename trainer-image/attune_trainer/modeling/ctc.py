@@ -1,7 +1,7 @@
 """Models that say a character or a blank for each stretch of audio (CTC, Graves et al. 2006)."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -187,7 +187,6 @@ class Wav2Vec2(Ctc):
     they hear clips one by one there, and batches behind it. The convolutions never train, as in the paper.
     """
 
-    architectures: ClassVar[Mapping[str, str]] = {"Wav2Vec2ForCTC": "wav2vec2"}
     network_class: ClassVar[Any] = Wav2Vec2ForCTC
     reads_samples: ClassVar[bool] = True
 
@@ -266,7 +265,6 @@ class Wav2Vec2(Ctc):
 class Hubert(Wav2Vec2):
     """HuBERT (arXiv 2106.07447)."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"HubertForCTC": "hubert"}
     network_class: ClassVar[Any] = HubertForCTC
 
 
@@ -293,7 +291,6 @@ class MaskedWavLMAttention(WavLMAttention):  # type: ignore[misc]
 class WavLM(Wav2Vec2):
     """WavLM (arXiv 2110.13900)."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"WavLMForCTC": "wavlm"}
     network_class: ClassVar[Any] = WavLMForCTC
 
     @classmethod
@@ -312,7 +309,6 @@ class WavLM(Wav2Vec2):
 class Parakeet(Ctc):
     """Parakeet: a FastConformer (arXiv 2305.05084) over log-mel features, with a CTC head."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"ParakeetForCTC": "parakeet_ctc"}
     network_class: ClassVar[Any] = ParakeetForCTC
 
     @classmethod

@@ -1,31 +1,37 @@
 """Which families of models this image knows, and which one a folder is of."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from attune_trainer.failures import InvalidInput, UnsupportedModel
-from attune_trainer.modeling.audio_llm import Qwen2Audio, Qwen3Asr
-from attune_trainer.modeling.ctc import Hubert, Parakeet, Wav2Vec2, WavLM
-from attune_trainer.modeling.moonshine import Moonshine
 from attune_trainer.modeling.speech_model import SpeechModel
-from attune_trainer.modeling.whisper import Whisper
 
-FAMILIES: Final[tuple[type[SpeechModel], ...]] = (
-    Whisper,
-    Moonshine,
-    Wav2Vec2,
-    Hubert,
-    WavLM,
-    Parakeet,
-    Qwen2Audio,
-    Qwen3Asr,
-)
-ARCHITECTURES: Final[Mapping[str, type[SpeechModel]]] = {
-    name: family for family in FAMILIES for name in family.architectures
+
+class Family(NamedTuple):
+    """Where the class of a family is, and the `model_type` that stands for it where config.json names no architecture.
+
+    The module is imported when a model of the family is loaded: each brings some seconds of transformers' own modules.
+    """
+
+    model_type: str
+    module: str
+    name: str
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "WhisperForConditionalGeneration": Family("whisper", "whisper", "Whisper"),
+    "MoonshineForConditionalGeneration": Family("moonshine", "moonshine", "Moonshine"),
+    "Wav2Vec2ForCTC": Family("wav2vec2", "ctc", "Wav2Vec2"),
+    "HubertForCTC": Family("hubert", "ctc", "Hubert"),
+    "WavLMForCTC": Family("wavlm", "ctc", "WavLM"),
+    "ParakeetForCTC": Family("parakeet_ctc", "ctc", "Parakeet"),
+    "Qwen2AudioForConditionalGeneration": Family("qwen2_audio", "audio_llm", "Qwen2Audio"),
+    "Qwen3ASRForConditionalGeneration": Family("qwen3_asr", "audio_llm", "Qwen3Asr"),
 }
 
 
@@ -59,11 +65,13 @@ def choose_family(folder: Path) -> type[SpeechModel]:
     names = [str(name) for name in found] if isinstance(found, list) else []
     if not names and isinstance(config, dict):
         stated = str(config.get("model_type"))
-        names = [name for name, family in ARCHITECTURES.items() if family.architectures[name] == stated]
-    known = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+        names = [name for name, family in FAMILIES.items() if family.model_type == stated]
+    known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if known is None:
         raise UnsupportedModel(
             f"the model's config.json names the architecture {(', '.join(names) or 'none')[:200]}; this image knows "
-            f"{', '.join(ARCHITECTURES)}: choose a base model of one of these architectures"
+            f"{', '.join(FAMILIES)}: choose a base model of one of these architectures"
         )
-    return known
+    module = importlib.import_module(f"attune_trainer.modeling.{known.module}")
+    chosen: type[SpeechModel] = getattr(module, known.name)
+    return chosen

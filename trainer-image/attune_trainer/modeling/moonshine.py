@@ -1,6 +1,6 @@
 """Moonshine (arXiv 2410.15608): an encoder over samples whose work grows with the clip, and a decoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -68,7 +68,6 @@ def normalise_heard(norm: nn.GroupNorm, hidden: Tensor, frames: Tensor) -> Tenso
 class Moonshine(Seq2Seq):
     """A loaded Moonshine."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"MoonshineForConditionalGeneration": "moonshine"}
     reads_samples: ClassVar[bool] = True
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
@@ -50,8 +50,6 @@ class SpeechModel(ABC):
         extractor: samples to what the network takes.
     """
 
-    # Names in config.json's `architectures`, each with the `model_type` that stands for it where there is none.
-    architectures: ClassVar[Mapping[str, str]]
     # Whether padding changes what is heard; a model that is told what is padding hears the same however long it is.
     hears_padding: ClassVar[bool] = False
     # Whether the network takes samples, and not log-mel features.

@@ -1,7 +1,7 @@
 """Whisper whose encoder takes audio shorter than its window, and what it is prompted with."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
@@ -52,7 +52,6 @@ class SlicedWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
 class Whisper(Seq2Seq):
     """A loaded Whisper."""
 
-    architectures: ClassVar[Mapping[str, str]] = {"WhisperForConditionalGeneration": "whisper"}
     hears_padding: ClassVar[bool] = True
 
     @classmethod
