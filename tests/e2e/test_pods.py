@@ -139,7 +139,7 @@ def test_two_pods_learn_what_one_with_both_their_batches_learns(namespace: str, 
 
 def test_a_pod_that_is_evicted_costs_no_retry_and_one_that_crashes_costs_one_for_both(namespace: str) -> None:
     prepare(namespace)
-    start(namespace, "together", "{nodes: 2, deepspeed: {zeroStage: 2}}", "epochs: 60")
+    start(namespace, "together", "{nodes: 2, deepspeed: {zeroStage: 2}}", "epochs: 8")
     first = wait_step(namespace, "together", 6)
     job, before = first["status"]["jobName"], running(namespace, "together")
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": before[1], "namespace": namespace}}
