@@ -18,7 +18,6 @@ from attune.contract.exitcode import ExitCode
 from attune.contract.job import DatasetInput, EvaluateRecipe, PrepareRecipe, Split
 from attune.contract.measures import Decision
 from attune.contract.result import EvaluateResult, PrepareResult
-from attune_trainer import modeling
 from attune_trainer.data.dataset import Utterance, load_split, read_audio
 from attune_trainer.failures import RecipeFailure, Terminated
 from attune_trainer.job import RecipeContext
@@ -164,8 +163,8 @@ def test_what_was_heard_before_is_not_heard_again(
     assert [(one.candidate, one.reason) for one in first_try.failed] == [("missing", "ModelNotFound")]
     s3_store.upload_directory(ensure_mini_model(), f"{key_prefix}/later")
     loaded: list[Path] = []
-    load = modeling.load_recognizer
-    monkeypatch.setattr(modeling, "load_recognizer", lambda folder: loaded.append(folder) or load(folder))
+    load = hearing.load_recognizer
+    monkeypatch.setattr(hearing, "load_recognizer", lambda folder: loaded.append(folder) or load(folder))
     result = run(make_context(recipe(corpus, uris, key_prefix)))
     assert [folder.name for folder in loaded] == ["1"]  # the base was measured by the first attempt
     assert result.winner == "missing"
@@ -423,7 +422,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_where_it_was(
     monkeypatch.setattr(attune, "__version__", f"{key_prefix}-again")
     stop = threading.Event()
     heard: list[int] = []
-    load = modeling.load_recognizer
+    load = hearing.load_recognizer
 
     def load_watched(folder: Path) -> Any:
         recognizer = load(folder)
@@ -438,7 +437,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_where_it_was(
         monkeypatch.setattr(recognizer, "transcribe", transcribe_and_stop)
         return recognizer
 
-    monkeypatch.setattr(modeling, "load_recognizer", load_watched)
+    monkeypatch.setattr(hearing, "load_recognizer", load_watched)
     asked = recipe(corpus, {"base": uploaded["worse"]}, key_prefix)
     with pytest.raises(Terminated):
         run(make_context(asked, stop=stop))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from attune.contract.exitcode import ExitCode
-from attune.contract.job import DatasetInput, JobSpec, Owner, PrepareRecipe, PrepareSource, SourceFormat, Split
+from attune.contract.job import DatasetInput, JobSpec, Owner, PrepareSource, SourceFormat, Split
 from attune.contract.result import PrepareResult
 from attune_trainer.data.audio import Span
 from attune_trainer.data.dataset import fetch_audio, load_manifest, load_split, read_audio
@@ -25,6 +25,7 @@ from attune_trainer.recipes import prepare
 from attune_trainer.store import Store
 
 from .conftest import S3Server
+from .preparation import recipe, run, upload, wav
 
 MakeContext = Callable[..., RecipeContext]
 
@@ -34,43 +35,13 @@ def tone(seconds: float = 0.5, hertz: float = 440.0, rate: int = 8000, channels:
     return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
 
 
-def wav(samples: np.ndarray, rate: int = 8000, file_format: str = "WAV", subtype: str = "PCM_16") -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=file_format, subtype=subtype)
-    return buffer.getvalue()
-
-
 def line(number: int, **changes: Any) -> dict[str, Any]:
     fields = {"audio": f"a/{number}.wav", "text": f"sentence number {number}", "speaker": f"s{number % 10}"}
     return {name: value for name, value in (fields | changes).items() if value is not None}
 
 
-def upload(store: Store, folder: str, lines: list[Any], audio: dict[str, bytes]) -> None:
-    for name, content in audio.items():
-        store.write_bytes(f"{folder}/{name}", content)
-    text = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines)
-    store.write_bytes(f"{folder}/list.jsonl", text.encode())
-
-
 def good_audio(count: int) -> dict[str, bytes]:
     return {f"a/{number}.wav": wav(tone(0.5 + number / 1000, 200 + 10 * number)) for number in range(count)}
-
-
-def recipe(key_prefix: str, **changes: Any) -> dict[str, Any]:
-    fields = {
-        "recipe": "prepare",
-        "sources": [{"uri": f"s3://attune/{key_prefix}/in/", "format": "Manifest", "manifest": "list.jsonl"}],
-        "language": "en",
-        "splits": {"by": "Speaker", "validation": "0.1", "holdout": "0.2", "seed": 7},
-        "maxRejectedShare": "0.05",
-        "outputPrefix": f"{key_prefix}/out",
-    }
-    return fields | changes
-
-
-def run(context: RecipeContext) -> PrepareResult:
-    assert isinstance(context.spec.recipe, PrepareRecipe)
-    return prepare.run(context.spec.recipe, context)
 
 
 def fails(context: RecipeContext) -> RecipeFailure:

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from attune.contract.job import DatasetInput, PrepareRecipe, Split
+from attune.contract.job import DatasetInput, Split
 from attune.contract.result import PrepareResult
 from attune_trainer.data.dataset import load_split, read_audio
 from attune_trainer.data.levels import measure_loudness
 from attune_trainer.failures import RecipeFailure
 from attune_trainer.job import RecipeContext, summarise
-from attune_trainer.recipes import prepare
 from attune_trainer.store import Store
 
 from tests.assets.mini_model import ensure_mini_corpus, ensure_mini_model
 
+from .preparation import recipe, run, upload, wav
 from .speech import RATE, likeness, silence, speak, write_coded
 
 MakeContext = Callable[..., RecipeContext]
@@ -32,32 +32,9 @@ VOICES = ("en-us", "en-gb", "en-us+f2", "en-us+m3", "en-gb+f4", "en-gb+m7")
 TEXTS = [f"please {verb} my {thing} again" for verb in VERBS for thing in OBJECTS]
 
 
-def wav(samples: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, RATE, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
-
-
 def utterances() -> list[tuple[str, str, np.ndarray]]:
     """(speaker, text, samples) of 36 utterances by 6 voices, each with sentences of its own."""
     return [(VOICES[index // 6], text, speak(text, VOICES[index // 6])) for index, text in enumerate(TEXTS)]
-
-
-def recipe(key_prefix: str, **changes: Any) -> dict[str, Any]:
-    fields = {
-        "recipe": "prepare",
-        "sources": [{"uri": f"s3://attune/{key_prefix}/in/", "format": "Manifest", "manifest": "list.jsonl"}],
-        "language": "en",
-        "splits": {"by": "Speaker", "validation": "0.17", "holdout": "0.17", "seed": 7},
-        "maxRejectedShare": "0.05",
-        "outputPrefix": f"{key_prefix}/out",
-    }
-    return fields | changes
-
-
-def run(context: RecipeContext) -> PrepareResult:
-    assert isinstance(context.spec.recipe, PrepareRecipe)
-    return prepare.run(context.spec.recipe, context)
 
 
 def load(store: Store, result: PrepareResult) -> dict[str, Any]:
@@ -68,12 +45,6 @@ def load(store: Store, result: PrepareResult) -> dict[str, Any]:
 
 def published(store: Store, result: PrepareResult, name: str) -> str:
     return store.read_bytes(f"{result.uri}/{name}").decode()
-
-
-def upload(store: Store, prefix: str, entries: list[dict[str, Any]], audio: dict[str, bytes]) -> None:
-    for name, content in audio.items():
-        store.write_bytes(f"{prefix}/in/{name}", content)
-    store.write_bytes(f"{prefix}/in/list.jsonl", "\n".join(map(json.dumps, entries)).encode())
 
 
 def test_long_stereo_calls_in_every_format_give_the_same_utterances(
@@ -172,7 +143,7 @@ def test_filters_leave_out_what_they_are_for_with_reason_place_and_count(
         {"audio": f"{index}.wav", "text": text, "speaker": speaker, "accent": speaker[:5]}
         for index, (speaker, text, _) in enumerate(spoken)
     ]
-    audio = {f"{index}.wav": wav(samples) for index, (_, _, samples) in enumerate(spoken)}
+    audio = {f"{index}.wav": wav(samples, RATE) for index, (_, _, samples) in enumerate(spoken)}
     speaker, text, samples = spoken[3]
     write_coded(tmp_path / "copy.opus", samples)
     peak = float(np.abs(samples).max())
@@ -180,18 +151,18 @@ def test_filters_leave_out_what_they_are_for_with_reason_place_and_count(
     other = speak("der anrufer hat die leitung verlassen und wartet", "de")
     bad: list[tuple[str, str, str, bytes]] = [
         ("SoundsTheSame", "copy.opus", text, (tmp_path / "copy.opus").read_bytes()),
-        ("Clipped", "clipped.wav", "a clipped one is this sentence", wav(np.clip(samples * 20 / peak, -1, 1))),
-        ("TooQuiet", "quiet.wav", "a quiet one is this sentence", wav(samples * 0.003)),
-        ("TooNoisy", "noisy.wav", "a noisy one is this sentence", wav(np.clip(noise * 0.2, -0.9, 0.9))),
-        ("SpokenTooFast", "fast.wav", " ".join(TEXTS[:4]), wav(samples[::-1].copy())),
-        ("SpokenTooSlowly", "slow.wav", "no", wav(np.concatenate([samples, samples[::-1]]))),
-        ("OtherLanguage", "german.wav", "der anrufer hat die leitung verlassen und wartet", wav(other)),
-        ("NoSpeech", "tone.wav", "a tone is no sentence", wav(_hum(2.0))),
-        ("TextRepeated", "repeated.wav", TEXTS[0].upper(), wav(speak(TEXTS[0], "en-us+f5"))),
+        ("Clipped", "clipped.wav", "a clipped one is this sentence", wav(np.clip(samples * 20 / peak, -1, 1), RATE)),
+        ("TooQuiet", "quiet.wav", "a quiet one is this sentence", wav(samples * 0.003, RATE)),
+        ("TooNoisy", "noisy.wav", "a noisy one is this sentence", wav(np.clip(noise * 0.2, -0.9, 0.9), RATE)),
+        ("SpokenTooFast", "fast.wav", " ".join(TEXTS[:4]), wav(samples[::-1].copy(), RATE)),
+        ("SpokenTooSlowly", "slow.wav", "no", wav(np.concatenate([samples, samples[::-1]]), RATE)),
+        ("OtherLanguage", "german.wav", "der anrufer hat die leitung verlassen und wartet", wav(other, RATE)),
+        ("NoSpeech", "tone.wav", "a tone is no sentence", wav(_hum(2.0), RATE)),
+        ("TextRepeated", "repeated.wav", TEXTS[0].upper(), wav(speak(TEXTS[0], "en-us+f5"), RATE)),
     ]
     audio |= {name: content for _, name, _, content in bad}
     entries += [{"audio": name, "text": said, "speaker": speaker, "accent": "x"} for _, name, said, _ in bad]
-    upload(s3_store, key_prefix, entries, audio)
+    upload(s3_store, f"{key_prefix}/in", entries, audio)
     rules = {
         "minCharactersPerSecond": "2",
         "maxCharactersPerSecond": "40",
@@ -238,8 +209,8 @@ def test_figures_are_told_by_split_and_slice(s3_store: Store, key_prefix: str, m
         | {"call": f"<b>{index}</b>"}
         for index, (speaker, text, _) in enumerate(utterances())
     ]
-    audio = {f"{index}.wav": wav(samples) for index, (_, _, samples) in enumerate(utterances())}
-    upload(s3_store, key_prefix, entries, audio)
+    audio = {f"{index}.wav": wav(samples, RATE) for index, (_, _, samples) in enumerate(utterances())}
+    upload(s3_store, f"{key_prefix}/in", entries, audio)
     own = run(make_context(recipe(key_prefix, slices=["accent", "call"])))
     assert [(one.name, one.values, one.unlabelled) for one in own.slices] == [("accent", 2, 4), ("call", 36, 0)]
     assert own.warnings == ["4 of 36 utterances have no label accent"]
@@ -288,7 +259,7 @@ def test_transcripts_that_a_model_hears_otherwise_are_left_out(
     for index, text in zip(swapped, [*texts[1:], texts[0]], strict=True):
         entries[index]["text"] = text
     audio = {entry["audio"]: (corpus / entry["audio"]).read_bytes() for entry in entries}
-    upload(s3_store, key_prefix, entries, audio)
+    upload(s3_store, f"{key_prefix}/in", entries, audio)
     contradiction = {"model": {"uri": f"s3://attune/{key_prefix}/model"}, "maxWordErrorRate": "0.6"}
     by_group = {"by": "Speaker", "validation": "0.2", "holdout": "0.2", "seed": 7}
     context = make_context(
@@ -306,13 +277,13 @@ def test_a_label_with_ten_thousand_values_keeps_status_and_report_small(
     s3_store: Store, key_prefix: str, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(7)
-    audio = wav(0.1 * rng.standard_normal(12000 * 1700).astype(np.float32))
+    audio = wav(0.1 * rng.standard_normal(12000 * 1700).astype(np.float32), RATE)
     entries = [
         {"audio": "long.wav", "text": f"word{index}", "speaker": f"s{index % 50}", "id": f"value {index} " + "x" * 200}
         | {"start": index * 0.12, "end": index * 0.12 + 0.11}
         for index in range(10_000)
     ]
-    upload(s3_store, key_prefix, entries, {"long.wav": audio})
+    upload(s3_store, f"{key_prefix}/in", entries, {"long.wav": audio})
     # What is stored of them is of no interest here, and takes minutes.
     monkeypatch.setattr(Store, "write_bytes", _only_small_objects(Store.write_bytes))
     result = run(make_context(recipe(key_prefix, slices=["id"])))

@@ -5,11 +5,12 @@ import os
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
+from attune_trainer.data.audio import AUDIO_SUFFIXES
 from attune_trainer.data.rejections import RejectedLine
 from attune_trainer.failures import AccessDenied, NotFound
 from attune_trainer.store import Store
@@ -219,6 +220,18 @@ class ScratchOrigin:
 def is_showable(name: str) -> bool:
     """Tells whether a file's name can be shown: it has no control characters, and is UTF-8."""
     return all(unicodedata.category(character) not in {"Cc", "Cs"} for character in name)
+
+
+def audio_names(uri: str, names: Collection[str]) -> list[str]:
+    """Lists what is audio by its name, in order.
+
+    Raises:
+        RecipeFailure: SourceEmpty.
+    """
+    found = sorted(name for name in names if name.lower().endswith(AUDIO_SUFFIXES))
+    if not found:
+        raise NotFound("SourceEmpty", f"there is no audio file below {uri} ({' '.join(AUDIO_SUFFIXES)})")
+    return found
 
 
 def relative_name(name: str) -> str | None:

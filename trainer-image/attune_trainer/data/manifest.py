@@ -6,8 +6,7 @@ from typing import Any, Final
 
 from attune.contract.job import SplitBy
 
-from attune_trainer.data.audio import AUDIO_SUFFIXES
-from attune_trainer.data.files import SourceFile, relative_name
+from attune_trainer.data.files import SourceFile, audio_names, relative_name
 from attune_trainer.data.listed import (
     ListedUtterance,
     Wanted,
@@ -108,11 +107,8 @@ def list_directory(
     Raises:
         RecipeFailure: SourceEmpty.
     """
-    names = sorted(name for name in files if name.lower().endswith(AUDIO_SUFFIXES))
-    if not names:
-        raise NotFound("SourceEmpty", f"there is no audio file below {uri} ({' '.join(AUDIO_SUFFIXES)})")
     number = 0
-    for name in names:
+    for name in audio_names(uri, files):
         stem = posixpath.splitext(name)[0]
         folder = posixpath.dirname(name) or top
         described, text = files.get(f"{stem}.json"), files.get(f"{stem}.txt")

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from attune_trainer.data.audio import AUDIO_SUFFIXES
-from attune_trainer.data.files import SourceFile
+from attune_trainer.data.files import SourceFile, audio_names
 from attune_trainer.data.listed import ListedUtterance, Wanted, clean_label, clean_text
 from attune_trainer.data.rejections import RejectedLine, Rejections
 from attune_trainer.failures import NotFound
@@ -31,11 +30,8 @@ def list_subtitles(
     Raises:
         RecipeFailure: SourceEmpty.
     """
-    names = sorted(name for name in files if name.lower().endswith(AUDIO_SUFFIXES))
-    if not names:
-        raise NotFound("SourceEmpty", f"there is no audio file below {uri} ({' '.join(AUDIO_SUFFIXES)})")
     number = 0
-    for name in names:
+    for name in audio_names(uri, files):
         stem = posixpath.splitext(name)[0]
         subtitles = files.get(f"{stem}.vtt") or files.get(f"{stem}.srt")
         number += 1

@@ -284,16 +284,7 @@ class Qwen2Audio(AudioLlm):
         """Turns clips into log-mel features of shape (clips, mels, frames), each padded with silence."""
         quantum = 4 * self.extractor.hop_length  # a position of the decoder's
         samples = -(-round(seconds * SAMPLE_RATE) // quantum) * quantum
-        batch = self.extractor(
-            list(audio),
-            padding="max_length",
-            max_length=samples,
-            truncation=True,
-            sampling_rate=SAMPLE_RATE,
-            return_tensors="pt",
-        )
-        features: Tensor = batch["input_features"]
-        return features
+        return self.extract(audio, samples, "input_features")
 
     def heard_positions(self, seconds: float) -> int:
         """Gives how many of the decoder's positions a clip takes."""
@@ -341,17 +332,8 @@ class Qwen3Asr(AudioLlm):
     def features(self, audio: Sequence[Audio], seconds: float) -> Tensor:
         """Turns clips into log-mel features of shape (clips, mels, frames), of whole chunks."""
         chunk = self._chunk * self.extractor.hop_length
-        batch = self.extractor(
-            list(audio),
-            padding="max_length",
-            max_length=-(-round(seconds * SAMPLE_RATE) // chunk) * chunk,
-            truncation=True,
-            sampling_rate=SAMPLE_RATE,
-            n_window=self.config.audio_config.n_window,
-            return_tensors="pt",
-        )
-        features: Tensor = batch["input_features"]
-        return features
+        samples = -(-round(seconds * SAMPLE_RATE) // chunk) * chunk
+        return self.extract(audio, samples, "input_features", n_window=self.config.audio_config.n_window)
 
     def heard_positions(self, seconds: float) -> int:
         """Gives how many of the decoder's positions a clip takes."""

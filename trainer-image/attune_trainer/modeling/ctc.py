@@ -207,17 +207,9 @@ class Wav2Vec2(Ctc):
 
     def features(self, audio: Sequence[Audio], seconds: float) -> Tensor:
         """Gives samples, normalised clip by clip where the model wants that, shape (clips, samples)."""
-        batch = self.extractor(
-            list(audio),
-            padding="max_length",
-            max_length=round(seconds * SAMPLE_RATE),
-            truncation=True,
-            sampling_rate=SAMPLE_RATE,
-            return_attention_mask=True,  # or silence behind a clip would count in its mean and variance
-            return_tensors="pt",
-        )
-        features: Tensor = batch["input_values"]
-        return features
+        # The mask: or silence behind a clip would count in its mean and variance.
+        samples = round(seconds * SAMPLE_RATE)
+        return self.extract(audio, samples, "input_values", return_attention_mask=True)
 
     def frames(self, lengths: Tensor) -> Tensor:
         """Gives how many frames of logits clips of so many samples have."""

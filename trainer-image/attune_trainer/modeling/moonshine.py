@@ -104,17 +104,9 @@ class Moonshine(Seq2Seq):
 
     def features(self, audio: Sequence[Audio], seconds: float) -> Tensor:
         """Gives samples of shape (clips, samples), each clip padded with silence."""
-        batch = self.extractor(
-            list(audio),
-            padding="max_length",
-            max_length=round(seconds * SAMPLE_RATE),
-            truncation=True,
-            sampling_rate=SAMPLE_RATE,
-            return_attention_mask=True,  # where it normalises clips, silence behind them is not to count
-            return_tensors="pt",
-        )
-        features: Tensor = batch["input_values"]
-        return features
+        # The mask: where it normalises clips, silence behind them is not to count.
+        samples = round(seconds * SAMPLE_RATE)
+        return self.extract(audio, samples, "input_values", return_attention_mask=True)
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives what the encoder hears, and where that is no padding."""

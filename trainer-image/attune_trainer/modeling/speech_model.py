@@ -79,6 +79,27 @@ class SpeechModel(ABC):
             seconds: duration to pad to.
         """
 
+    def extract(self, audio: Sequence[Audio], samples: int, name: str, **options: Any) -> Tensor:
+        """Turns clips into what the extractor makes of them, each cut or padded to a number of samples.
+
+        Args:
+            audio: samples at 16 kHz.
+            samples: of each clip.
+            name: what the extractor calls its features.
+            options: of the extractor.
+        """
+        batch = self.extractor(
+            list(audio),
+            padding="max_length",
+            max_length=samples,
+            truncation=True,
+            sampling_rate=SAMPLE_RATE,
+            return_tensors="pt",
+            **options,
+        )
+        features: Tensor = batch[name]
+        return features
+
     @abstractmethod
     def write(self, transcripts: Sequence[Sequence[int]], language: str | None) -> TokenBatch:
         """Puts transcripts side by side, as the loss takes them.

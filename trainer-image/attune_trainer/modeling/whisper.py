@@ -148,16 +148,7 @@ class Whisper(Seq2Seq):
         """
         # An even number of frames, because the encoder's second convolution halves them.
         samples = round(seconds * SAMPLE_RATE / (2 * self.extractor.hop_length)) * 2 * self.extractor.hop_length
-        batch = self.extractor(
-            list(audio),
-            padding="max_length",
-            max_length=samples,
-            truncation=True,
-            sampling_rate=SAMPLE_RATE,
-            return_tensors="pt",
-        )
-        features: Tensor = batch["input_features"]
-        return features
+        return self.extract(audio, samples, "input_features")
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives what the encoder hears; there is no mask, because Whisper hears padding as silence."""

@@ -53,6 +53,11 @@ class BootstrapInterval:
     deviation: float = 0.0
 
 
+def describe_span(interval: BootstrapInterval, sign: str = "") -> str:
+    """Writes an interval in percent: "5.0 to 13.2 %"."""
+    return f"{100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f} %"
+
+
 @dataclass(frozen=True)
 class Series:
     """What a rate is made of, utterance by utterance: parts over wholes, both as sums.

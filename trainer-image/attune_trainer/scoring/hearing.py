@@ -35,6 +35,7 @@ from attune_trainer.failures import (
     is_out_of_memory,
 )
 from attune_trainer.job import RecipeContext
+from attune_trainer.modeling import load_recognizer
 from attune_trainer.processors import describe_processors
 from attune_trainer.scoring.endpoint import Endpoint, StoppableClock
 from attune_trainer.scoring.errors import ErrorCounts, align, count_characters
@@ -231,9 +232,6 @@ def _transcribe(
     context: RecipeContext,
     split: Split,
 ) -> None:
-    # Whoever only reports on what was heard needs no torch.
-    from attune_trainer.modeling import load_recognizer  # noqa: PLC0415
-
     recognizer = load_recognizer(folder)
     language = split.language.partition("-")[0]
     course.padding = recognizer.padding

@@ -10,7 +10,14 @@ from attune.contract.job import DatasetInput, Split, SplitBy
 from attune.contract.measures import Gate, Metric
 
 from attune_trainer.pages import draw, render_page
-from attune_trainer.scoring.bootstrap import REPLICATIONS, BootstrapInterval, Series, bootstrap_rate, choose_blocks
+from attune_trainer.scoring.bootstrap import (
+    REPLICATIONS,
+    BootstrapInterval,
+    Series,
+    bootstrap_rate,
+    choose_blocks,
+    describe_span,
+)
 from attune_trainer.scoring.errors import HISTOGRAM, histogram
 from attune_trainer.scoring.figures import Judged
 from attune_trainer.scoring.gates import GateOutcome, describe_gate, write_value
@@ -156,11 +163,6 @@ def _figure(metric: Metric, figure: BootstrapInterval) -> dict[str, Any]:
     span = describe_span(figure) if metric.is_counted else f"{figure.low:.3g} to {figure.high:.3g} s"
     value = f"{100 * figure.value:.2f} %" if metric.is_counted else write_value(metric, figure.value)
     return {"value": value, "interval": span, "n": figure.n}
-
-
-def describe_span(interval: BootstrapInterval, sign: str = "") -> str:
-    """Writes an interval in percent: "5.0 to 13.2 %"."""
-    return f"{100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f} %"
 
 
 def write_probability(value: float) -> str:

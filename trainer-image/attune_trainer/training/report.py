@@ -19,10 +19,10 @@ from attune_trainer.scoring.bootstrap import (
     bootstrap_change,
     bootstrap_wer,
     choose_blocks,
+    describe_span,
 )
 from attune_trainer.scoring.errors import ErrorCounts, total
 from attune_trainer.scoring.normaliser import NORMALISER
-from attune_trainer.scoring.report import describe_span
 from attune_trainer.training.checkpoints import Counts, TrainingState
 from attune_trainer.training.licence import OTHER
 
